@@ -1,8 +1,9 @@
 """What a run is: frozen dataclasses that check themselves.
 
-A `RunConfig` holds everything that decides a run; `presets.py` names some of them. `ModelConfig` says what the network
-is (and travels with exported weights); `ComputeConfig` says how it is computed, which
-may change between two starts of one run; the rest says what it learns from and how.
+A `RunConfig` holds everything that decides a run; `presets.py` names some of them.
+`ModelConfig` says what the network is (and travels with exported weights);
+`ComputeConfig` says how it is computed, which may change between two starts of one
+run; the rest says what it learns from and how.
 This module imports neither JAX nor PyTorch, so that both trainers can read it.
 """
 
@@ -126,6 +127,32 @@ class ComputeConfig:
         _require_choices("compute", self)
         _require_int("compute.loss_chunk", self.loss_chunk, at_least=1)
         _require_int("compute.unroll", self.unroll, at_least=0)
+
+    def resolve(
+        self, *, n_layers: int, platform: str = "cpu", compute_capability: float = 0.0
+    ) -> "ComputeConfig":
+        """Replaces every auto by the choice for a device.
+
+        `platform` is "cpu" or "gpu"; `compute_capability` is NVIDIA's (8.0 is Ampere).
+        """
+        ampere = platform == "gpu" and compute_capability >= 8.0
+        compute = self.compute_dtype
+        if compute == "auto":
+            compute = "bfloat16" if ampere else "float32"
+        residual = self.residual_dtype
+        if residual == "auto":
+            residual = "float64" if compute == "float64" else "float32"
+        half = compute in ("bfloat16", "float16")
+        attention = "cudnn" if ampere and half else "plain"
+        loss = "plain"
+        return dataclasses.replace(
+            self,
+            compute_dtype=compute,
+            residual_dtype=residual,
+            attention=attention if self.attention == "auto" else self.attention,
+            cross_entropy=loss if self.cross_entropy == "auto" else self.cross_entropy,
+            unroll=self.unroll or (n_layers if platform == "gpu" else 1),
+        )
 
 
 @dataclass(frozen=True)
@@ -298,7 +325,7 @@ class RunConfig:
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} is longer than "
-                f"model.max_seq_len={self.model.max_seq_len}: lower it or raise the other"
+                f"model.max_seq_len={self.model.max_seq_len}: lower the first"
             )
         if self.seq_len < 1:
             raise ValueError(
