@@ -1,0 +1,13 @@
+"""Weights that travel: ours <-> torch_ref.k_model <-> Hugging Face Llama <-> GGUF.
+
+names.py     one table of names and layouts, both ways, bit for bit
+dtypes.py    the dtypes weights are kept in, and rounding
+configs.py   ModelConfig <-> the config.json of others
+tensors.py   safetensors files, sharded and checked
+folder.py    an exported folder: all of it or nothing
+"""
+
+from jaxllm.convert.dtypes import cast
+from jaxllm.convert.names import Format, from_state_dict, to_state_dict
+
+__all__ = ["Format", "cast", "from_state_dict", "to_state_dict"]
