@@ -215,9 +215,9 @@ class Transformer(nnx.Module):
         h_BTD = self.tok_embeddings(tokens_BT)
         keys = None
         if dropout_key is not None and self.config.dropout:
-            dropout_key, first = jax.random.split(dropout_key)
+            first, rest = jax.random.split(dropout_key)
             h_BTD = _dropout(h_BTD, self.config.dropout, first)
-            keys = jax.random.split(dropout_key, n_layers)
+            keys = jax.random.split(rest, n_layers)
 
         def body(h_BTD, inputs):
             layer, key, layer_cache = inputs

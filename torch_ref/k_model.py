@@ -59,7 +59,8 @@ class ModelConfig(PretrainedConfig):
         # Begin and end of a document: <|im_start|> and <|im_end|>.
         kwargs.setdefault("bos_token_id", 3)
         kwargs.setdefault("eos_token_id", 4)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**kwargs)
 
 
 class RMSNorm(nn.Module):
