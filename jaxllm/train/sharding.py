@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(
-    parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None
+    parallel: ParallelConfig, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """Arranges `devices` (default: all there are) as data x fsdp x tensor.
 

@@ -101,7 +101,7 @@ def build(config: RunConfig, mesh: Mesh, *, total_steps: int) -> Program:
     )
 
 
-def resolve_compute(config: RunConfig, device: jax.Device) -> ComputeConfig:
+def resolve_compute(config: RunConfig, device: Any) -> ComputeConfig:
     """Decides every "auto" of the compute configuration for `device`."""
     capability = float(getattr(device, "compute_capability", 0.0) or 0.0)
     return config.compute.resolve(
