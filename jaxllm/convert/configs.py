@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.config import ModelConfig
-
-# Beginning and end of a document: <|im_start|> and <|im_end|>.
-BEGIN_ID, END_ID = 3, 4
+from jaxllm.data.tokenizer import BEGIN_ID, END_ID
 
 # What a Llama configuration may say besides sizes, and the only values under which it
 # still describes our network: with any other the weights would load all the same and
