@@ -92,8 +92,8 @@ def precompute_freqs_cis(
     rounded to `dtype` (at least float32).
     """
     stat = _stat(dtype)
-    exponents_R = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    freqs_R = (1.0 / theta**exponents_R).to(device, stat)
+    freqs = [theta ** -(i / head_dim) for i in range(0, head_dim, 2)]
+    freqs_R = torch.tensor(freqs, dtype=stat, device=device)
     angles_TR = torch.outer(torch.arange(end, dtype=stat, device=device), freqs_R)
     return angles_TR.cos(), angles_TR.sin()
 
