@@ -8,10 +8,13 @@ This module imports neither JAX nor PyTorch, so that both trainers can read it.
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
+
+from jaxllm.fields import from_dict as from_dict
+from jaxllm.fields import require_choices, require_int
+from jaxllm.fields import to_json as to_json
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
@@ -53,12 +56,12 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size",
                      "multiple_of", "max_seq_len"):  # fmt: skip
-            _require_int(f"model.{name}", getattr(self, name), at_least=1)
+            require_int(f"model.{name}", getattr(self, name), at_least=1)
         if self.hidden_dim is None:
             width = int(2 * (4 * self.dim) / 3)
             hidden = self.multiple_of * math.ceil(width / self.multiple_of)
             object.__setattr__(self, "hidden_dim", hidden)
-        _require_int("model.hidden_dim", self.hidden_dim, at_least=1)
+        require_int("model.hidden_dim", self.hidden_dim, at_least=1)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"model.n_kv_heads={self.n_kv_heads} does not divide "
@@ -72,7 +75,7 @@ class ModelConfig:
                     f"model.n_heads={self.n_heads}: change one, or give model.head_dim"
                 )
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
-        _require_int("model.head_dim", self.head_dim, at_least=2)
+        require_int("model.head_dim", self.head_dim, at_least=2)
         if self.head_dim % 2:  # type: ignore[operator]
             raise ValueError(
                 f"model.head_dim={self.head_dim} is odd: rotary embeddings turn pairs "
@@ -84,7 +87,7 @@ class ModelConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"model.{name}={value} must be a positive number")
-        _require_choices("model", self)
+        require_choices("model", self)
 
     @property
     def n_params(self) -> int:
@@ -124,9 +127,9 @@ class ComputeConfig:
     """Precision of float32 matrix products on GPU; default may use TF32 there."""
 
     def __post_init__(self):
-        _require_choices("compute", self)
-        _require_int("compute.loss_chunk", self.loss_chunk, at_least=1)
-        _require_int("compute.unroll", self.unroll, at_least=0)
+        require_choices("compute", self)
+        require_int("compute.loss_chunk", self.loss_chunk, at_least=1)
+        require_int("compute.unroll", self.unroll, at_least=0)
 
     def resolve(
         self, *, n_layers: int, platform: str = "cpu", compute_capability: float = 0.0
@@ -175,9 +178,9 @@ class DataConfig:
     """Seed of the order in which rows are read."""
 
     def __post_init__(self):
-        _require_choices("data", self)
-        _require_int("data.seq_len", self.seq_len, at_least=0)
-        _require_int("data.seed", self.seed, at_least=0)
+        require_choices("data", self)
+        require_int("data.seq_len", self.seq_len, at_least=0)
+        require_int("data.seed", self.seed, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class OptimConfig:
     uses the learning rate of micro-step (k + 1) A - 1."""
 
     def __post_init__(self):
-        _require_choices("optim", self)
+        require_choices("optim", self)
         for name in ("learning_rate", "min_learning_rate", "weight_decay", "clip_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -227,7 +230,7 @@ class OptimConfig:
                 f"optim.min_learning_rate={self.min_learning_rate} is above "
                 f"optim.learning_rate={self.learning_rate}: lower it"
             )
-        _require_int("optim.warmup_steps", self.warmup_steps, at_least=0)
+        require_int("optim.warmup_steps", self.warmup_steps, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ class ParallelConfig:
         for name in ("data", "fsdp", "tensor"):
             value = getattr(self, name)
             if value != -1:
-                _require_int(f"parallel.{name}", value, at_least=1)
+                require_int(f"parallel.{name}", value, at_least=1)
         if sum(getattr(self, name) == -1 for name in ("data", "fsdp", "tensor")) > 1:
             raise ValueError("parallel: only one of data, fsdp, tensor may be -1")
 
@@ -287,13 +290,13 @@ class TrainConfig:
     stop says so and ends; again sets the old run aside and trains anew."""
 
     def __post_init__(self):
-        _require_choices("train", self)
+        require_choices("train", self)
         for name in ("batch_size", "accumulate", "epochs", "log_every", "save_every",
                      "keep", "eval_rows"):  # fmt: skip
-            _require_int(f"train.{name}", getattr(self, name), at_least=1)
+            require_int(f"train.{name}", getattr(self, name), at_least=1)
         for name in ("steps", "seed", "eval_every", "sample_every", "sample_tokens",
                      "keep_every"):  # fmt: skip
-            _require_int(f"train.{name}", getattr(self, name), at_least=0)
+            require_int(f"train.{name}", getattr(self, name), at_least=0)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"train.batch_size={self.batch_size} is not divisible by "
@@ -339,49 +342,3 @@ class RunConfig:
         if self.data.seq_len:
             return self.data.seq_len
         return self.model.max_seq_len - (self.data.layout == "rows")
-
-
-def to_json(config: Any) -> str:
-    """Writes a configuration dataclass as JSON text, keys in field order."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> Any:
-    """Builds the configuration dataclass `cls` from a nested dict.
-
-    Raises: ValueError naming a key that `cls` does not have. Missing keys take their
-    defaults, so that older files stay readable.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a JSON object, got {type(values).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(
-            f"{where} has the unknown key {unknown[0]!r}: {cls.__name__} knows "
-            f"{', '.join(fields)}"
-        )
-    built = {}
-    for name, value in values.items():
-        kind = fields[name].type
-        nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
-        built[name] = (
-            from_dict(kind, value, where=f"{where}.{name}")  # type: ignore[arg-type]
-            if nested
-            else value
-        )
-    return cls(**built)
-
-
-def _require_int(name: str, value: object, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name}={value!r} must be an integer >= {at_least}")
-
-
-def _require_choices(where: str, config: Any) -> None:
-    for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
-            raise ValueError(
-                f"{where}.{name}={getattr(config, name)!r} must be one of "
-                f"{', '.join(map(str, get_args(kind)))}"
-            )

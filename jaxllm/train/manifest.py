@@ -86,21 +86,53 @@ def verify_arrays(folder: Path, manifest: dict) -> None:
     Raises: Damaged naming an array; ValueError from TensorStore; OSError.
     """
     for path, expected in manifest["arrays"].items():
-        # Orbax's layout: Zarr arrays in an OCDBT database, keys joined by dots. The
-        # nested form of the path, unlike a URL, takes folders of any spelling.
-        spec = {
-            "driver": "zarr",
-            "kvstore": {
-                "driver": "ocdbt",
-                "base": {"driver": "file", "path": f"{folder / 'state'}/"},
-                "path": path.replace("/", ".") + "/",
-            },
-        }
-        array = np.asarray(tensorstore.open(spec).result().read().result())
-        if _describe(array) != _describe_expected(expected):
-            raise Damaged(f"array {path} reads back as {_describe(array)}")
-        if digest_array(path, array) != expected["digest"]:
-            raise Damaged(f"array {path} does not read back as it was in memory")
+        _read_array(folder, path, expected)
+
+
+def load_arrays(folder: Path, step: int, prefix: str) -> dict:
+    """Returns the arrays of a checkpoint whose paths begin with `prefix`, on the host.
+
+    For readers that want the weights without Adam's moments. Each array's digest is
+    checked; the rest of the checkpoint is not looked at.
+
+    Raises: Damaged, naming what is; CheckpointError when there is no such array.
+    """
+    manifest = read_manifest(folder, step)
+    tree: dict = {}
+    for path, expected in manifest["arrays"].items():
+        if not path.startswith(prefix):
+            continue
+        try:
+            array = _read_array(folder, path, expected)
+        except (ValueError, OSError) as error:
+            raise Damaged(f"array {path} cannot be read: {one_line(error)}") from None
+        node = tree
+        *parents, leaf = path.removeprefix(prefix).split("/")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array
+    if not tree:
+        raise CheckpointError(f"checkpoint {step} in {folder} has no array {prefix}...")
+    return tree
+
+
+def _read_array(folder: Path, path: str, expected: dict) -> np.ndarray:
+    # Orbax's layout: Zarr arrays in an OCDBT database, keys joined by dots. The
+    # nested form of the path, unlike a URL, takes folders of any spelling.
+    spec = {
+        "driver": "zarr",
+        "kvstore": {
+            "driver": "ocdbt",
+            "base": {"driver": "file", "path": f"{folder.absolute() / 'state'}/"},
+            "path": path.replace("/", ".") + "/",
+        },
+    }
+    array = np.asarray(tensorstore.open(spec).result().read().result())
+    if _describe(array) != _describe_expected(expected):
+        raise Damaged(f"array {path} reads back as {_describe(array)}")
+    if digest_array(path, array) != expected["digest"]:
+        raise Damaged(f"array {path} does not read back as it was in memory")
+    return array
 
 
 def load_step(folder: Path, step: int, abstract: dict) -> tuple[dict, dict]:

@@ -1,0 +1,105 @@
+"""What happens every so many steps: log lines, evaluations, text samples."""
+
+from typing import Any
+
+import jax
+
+from jaxllm.data.tokenizer import BEGIN_ID, END_ID
+from jaxllm.generate import Sampling, generate
+from jaxllm.train.evaluate import evaluate
+from jaxllm.train.metrics import append_jsonl, seed_line, utilisation
+from jaxllm.train.run import Run
+from jaxllm.train.step import State
+
+
+def introduce(run: Run) -> None:
+    """Says what is about to be trained, on what, and where."""
+    model, compute = run.config.model, run.program.config.compute
+    devices = run.program.mesh.devices
+    run.console.say(
+        f"model: {model.n_params:,} parameters ({model.n_params / 1e6:.3f} million)\n"
+        f"data: {run.train.n_rows:,} rows of {run.config.seq_len} tokens in "
+        f"{run.config.data.path}; {run.val.n_rows:,} held out\n"
+        f"device: {devices.size} x {devices.flat[0].device_kind}; matrix products in "
+        f"{compute.compute_dtype}, weights in {compute.param_dtype}\n"
+        f"run: {run.total_steps} steps of {run.config.train.batch_size} rows in "
+        f"{run.folder.path}"
+    )
+
+
+def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
+    """Reads the figures of the steps up to `step`, and shows those of `step`."""
+    taken = run.pending[: len(run.pending) - keep]
+    run.pending = run.pending[len(run.pending) - keep :]
+    if not taken:
+        return
+    # Waits for the devices to finish the newest of these steps.
+    figures = jax.device_get([metrics for _, metrics in taken])
+    records: list[dict[str, Any]] = []
+    for index, one in enumerate(figures, start=step - len(taken) + 1):
+        values = {name: value.item() for name, value in one.items()}
+        records.append({"step": index} | values)
+        if values["skipped"]:
+            run.console.say(f"step {index} was skipped: loss {values['loss']}")
+    run.meter.stepped(sum(count for count, _ in taken), steps=len(taken))
+    if show:
+        records[-1] |= _show(run, step, records[-1])
+    append_jsonl(run.folder.metrics, records)
+
+
+def _show(run: Run, step: int, record: dict[str, Any]) -> dict[str, float]:
+    speed = run.meter.read()
+    devices = run.program.mesh.devices
+    used = utilisation(
+        speed["tokens_per_s"], run.config.model, run.config.seq_len,
+        device_kind=devices.flat[0].device_kind, n_devices=devices.size,
+        dtype=run.program.config.compute.compute_dtype,
+    )  # fmt: skip
+    left_s = (run.total_steps - step - 1) * speed["step_ms"] / 1e3
+    per_epoch = min(run.train.steps_per_epoch, run.total_steps)
+    epochs = -(-run.total_steps // per_epoch)
+    epoch_left_s = min(left_s, (per_epoch - step % per_epoch) * speed["step_ms"] / 1e3)
+    line = seed_line(
+        step, steps_per_epoch=per_epoch, epochs=epochs, loss=record["loss"],
+        lr=record["learning_rate"], left_s=epoch_left_s,
+    )  # fmt: skip
+    line += (
+        f" tokens/s:{speed['tokens_per_s']:.0f} step:{speed['step_ms']:.0f}ms "
+        f"grad_norm:{record['grad_norm']:.3f} wait:{speed['data_wait']:.1%} "
+        f"ETA:{left_s / 60:.1f}min"
+    )
+    if used:
+        line += f" MFU:{used['mfu']:.1%}"
+    run.console.progress(line, step=step + 1, total=run.total_steps)
+    return speed | used
+
+
+def validate(run: Run, state: State, step: int) -> None:
+    """Measures the loss on held-out documents after `step` steps."""
+    run.meter.pause()
+    figures = evaluate(
+        run.program, state["params"], run.val, run.token_bytes,
+        max_rows=run.config.train.eval_rows,
+    )  # fmt: skip
+    append_jsonl(run.folder.metrics, [{"step": step} | figures])
+    run.console.say(
+        f"validation after {step} steps: loss {figures['val_loss']:.3f}, "
+        f"{figures['val_bpb']:.3f} bits per byte"
+    )
+    run.meter.resume()
+
+
+def sample(run: Run, state: State, step: int) -> None:
+    """Writes a text with the weights after `step` steps."""
+    run.meter.pause()
+    prompt = [BEGIN_ID, *run.tokenizer.encode(run.config.train.sample_prompt)]
+    new = generate(
+        run.program.graphdef, state["params"], [prompt], stop_ids=(END_ID,),
+        max_new_tokens=run.config.train.sample_tokens,
+        sampling=Sampling(temperature=0.8, top_k=50, seed=step),
+    )[0]  # fmt: skip
+    text = f"sample after {step} steps: {run.tokenizer.decode(prompt + new)}"
+    with run.folder.samples.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+    run.console.say(text)
+    run.meter.resume()

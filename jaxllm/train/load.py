@@ -1,0 +1,41 @@
+"""Loads the trained weights of a run, for those who only read."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.config import ComputeConfig, RunConfig
+from jaxllm.model import Transformer
+from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.run_folder import RunFolder
+from jaxllm.train.step import resolve_compute
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Weights of a run at one step, with what is needed to compute with them."""
+
+    config: RunConfig
+    graphdef: Any
+    params: dict
+    step: int
+
+
+def load_params(
+    folder: RunFolder, *, step: int | None = None, compute: ComputeConfig | None = None
+) -> Loaded:
+    """Reads a run's weights onto the first device; the newest undamaged step's.
+
+    Raises: ValueError if `folder` holds no run, or no such step that is undamaged.
+    """
+    config = folder.load_config()
+    compute = compute or config.compute
+    compute = resolve_compute(replace(config, compute=compute), jax.devices()[0])
+    graphdef, _ = nnx.split(
+        nnx.eval_shape(lambda: Transformer(config.model, compute, rngs=nnx.Rngs(0)))
+    )
+    step, params = Checkpoints(folder.checkpoints).read_arrays("params/", step=step)
+    return Loaded(config, graphdef, jax.tree.map(jnp.asarray, params), step)

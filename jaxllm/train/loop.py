@@ -1,0 +1,170 @@
+"""The phases of a run, in order, each a call.
+
+folder -> mesh -> data -> state (restore or start) -> step loop -> final save -> report
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+
+from jaxllm.config import RunConfig
+from jaxllm.train import events, report
+from jaxllm.train.console import Console
+from jaxllm.train.metrics import append_jsonl, read_jsonl
+from jaxllm.train.run import Run, describe, describe_data, prepare, versions
+from jaxllm.train.run_folder import RunFolder, decide
+from jaxllm.train.sharding import make_mesh
+from jaxllm.train.step import Batch, State, to_device
+
+
+def run(config: RunConfig) -> None:
+    """Trains as `config` says, or goes on where the run in its folder stands.
+
+    Raises: ValueError for what the user can mend; nothing is half-written then.
+    """
+    folder = RunFolder(config.out)
+    with Console(quiet=jax.process_index() != 0) as console:
+        start = decide(folder, config)
+        if start == "finished":
+            return _say_finished(console, folder)
+        mesh = make_mesh(config.parallel)
+        folder.create()
+        with folder.locked():
+            if start == "new" and (archived := folder.set_aside()):
+                console.say(f"the earlier run was set aside in {archived}")
+            started = prepare(config, folder, console, mesh)
+            events.introduce(started)
+            state = restore_or_init(started, resuming=start == "continue")
+            state = train(started, state)
+            finish(started, state)
+
+
+def restore_or_init(run: Run, *, resuming: bool) -> State:
+    """The newest state that verifies, or a fresh one."""
+    if not resuming:
+        return run.program.init()
+    restored = run.checkpoints.restore(run.program.abstract_state)
+    trained_on = restored.meta["data"]
+    if trained_on != (now := describe_data(run)):
+        raise ValueError(
+            f"the run in {run.folder.path} was trained on other data ({trained_on}) "
+            f"than {run.config.data.path} holds now ({now}): give its --data.path"
+        )
+    step = restored.step
+    if restored.meta["total_steps"] != run.total_steps:
+        run.console.say(
+            f"note: the run is now {run.total_steps} steps long, not "
+            f"{restored.meta['total_steps']}: its learning-rate schedule is stretched"
+        )
+    # The log of steps that a fallback lost is written again.
+    kept = read_jsonl(run.folder.metrics, before_step=step)
+    run.folder.metrics.unlink(missing_ok=True)
+    append_jsonl(run.folder.metrics, kept)
+    run.console.say(f"continuing from the checkpoint of step {step}")
+    return restored.state
+
+
+def train(run: Run, state: State) -> State:
+    """The step loop: fetch, step, and every so often log, save, evaluate, sample."""
+    options, total = run.config.train, run.total_steps
+    first = int(state["step"])
+    if first == 0:
+        events.validate(run, state, first)
+    run.meter.resume()
+    for step, batch, n_tokens, waited in prefetched(run, first):
+        run.meter.waited(waited)
+        state, metrics = run.program.train_step(state, batch)
+        run.pending.append((n_tokens, metrics))
+        done = step + 1
+        last = done == total
+        # Read one step late, so that the device is never left without work.
+        if (step - 1) % options.log_every == 0 and step > first:
+            events.log(run, step - 1, keep=1)
+        if step == first:
+            events.log(run, step)
+        if last or done % options.save_every == 0:
+            events.log(run, step, show=last)
+            save(run, state, done)
+        if last or _due(done, options.eval_every):
+            events.validate(run, state, done)
+        if last or _due(done, options.sample_every):
+            events.sample(run, state, done)
+    return state
+
+
+def prefetched(run: Run, first: int) -> Iterator[tuple[int, Batch, int, float]]:
+    """Reads batches ahead on a thread and puts them on the devices.
+
+    Yields the step, its batch, its tokens that bear loss, and the seconds waited.
+    """
+
+    def read(step: int):
+        batch = run.train[step]
+        n_tokens = int(batch["loss_mask"].sum())
+        parts = run.config.train.accumulate
+        return to_device(run.program, batch, parts=parts), n_tokens
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        ahead = deque(
+            pool.submit(read, step)
+            for step in range(first, min(first + 2, run.total_steps))
+        )
+        try:
+            for step in range(first, run.total_steps):
+                begun = time.perf_counter()
+                batch, n_tokens = ahead.popleft().result()
+                if step + 2 < run.total_steps:
+                    ahead.append(pool.submit(read, step + 2))
+                yield step, batch, n_tokens, time.perf_counter() - begun
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def save(run: Run, state: State, step: int) -> None:
+    """Starts a checkpoint of `step`; the writing goes on beside the training."""
+    run.meter.pause()
+    run.checkpoints.save(step, state, describe(run))
+    run.meter.resume()
+
+
+def finish(run: Run, state: State) -> None:
+    """Waits for the last checkpoint, draws the plot, says what to do next."""
+    run.checkpoints.close()
+    step = int(state["step"])
+    records = read_jsonl(run.folder.metrics)
+    evaluated = [record for record in records if "val_bpb" in record]
+    summary = {
+        "finished": True,
+        "step": step,
+        "parameters": run.config.model.n_params,
+        "trained_s": round(run.meter.trained_s, 3),
+        "skipped_steps": sum(record.get("skipped", 0) for record in records),
+        "first_evaluation": evaluated[0] if evaluated else None,
+        "last_evaluation": evaluated[-1] if evaluated else None,
+        "versions": versions(),
+    }
+    report.write_plot(run.folder)
+    report.write_summary(run.folder, summary)
+    say = run.console.say
+    if len(evaluated) > 1:
+        say(
+            f"validation: {evaluated[0]['val_bpb']:.3f} -> "
+            f"{evaluated[-1]['val_bpb']:.3f} bits per byte in {step} steps"
+        )
+    say("the run's folder:\n" + "\n".join(report.contents(run.folder)))
+    say("next:\n" + "\n".join(report.next_commands(run.folder, steps=step)))
+
+
+def _say_finished(console: Console, folder: RunFolder) -> None:
+    step = folder.finished_at() or 0
+    console.say(f"the run in {folder.path} is finished: {step} steps; nothing to do")
+    console.say("next:\n" + "\n".join(report.next_commands(folder, steps=step)))
+    console.say("  anew:      the same command with --fresh sets this run aside")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

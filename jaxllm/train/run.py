@@ -1,0 +1,137 @@
+"""The parts of a run, and how they are put together before the first step."""
+
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm import config as configuration
+from jaxllm.config import RunConfig
+from jaxllm.data.batches import Batches
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.console import Console
+from jaxllm.train.metrics import Meter
+from jaxllm.train.run_folder import RunFolder, write_atomically
+from jaxllm.train.step import Program, build
+
+
+@dataclass
+class Run:
+    """The parts of a run that its phases share."""
+
+    config: RunConfig
+    folder: RunFolder
+    console: Console
+    program: Program
+    train: Batches
+    val: Batches
+    tokenizer: Tokenizer
+    token_bytes: np.ndarray
+    checkpoints: Checkpoints
+    total_steps: int
+    meter: Meter = field(default_factory=Meter)
+    pending: list[tuple[int, dict]] = field(default_factory=list)
+
+
+def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -> Run:
+    """Opens the data, builds the step, writes what describes the run."""
+    if not config.data.path:
+        path = demo_data(folder, config, console)
+        config = replace(config, data=replace(config.data, path=str(path)))
+    train, val = open_batches(config)
+    total_steps = config.train.steps or -(
+        -train.n_rows * config.train.epochs // config.train.batch_size
+    )
+    program = build(config, mesh, total_steps=total_steps)
+    tokenizer = train.tokenizer
+    token_bytes = np.zeros(config.model.vocab_size, np.int32)
+    token_bytes[: tokenizer.vocab_size] = tokenizer.token_bytes()
+    folder.summary.unlink(missing_ok=True)
+    write_atomically(folder.config, configuration.to_json(config))
+    tokenizer.save(folder.tokenizer)
+    console.log = folder.log
+    cache_compilations(folder.cache)
+    return Run(
+        config=config, folder=folder, console=console, program=program, train=train,
+        val=val, tokenizer=tokenizer, token_bytes=token_bytes, total_steps=total_steps,
+        checkpoints=Checkpoints(
+            folder.checkpoints, keep=config.train.keep,
+            keep_every=config.train.keep_every,
+        ),
+    )  # fmt: skip
+
+
+def demo_data(folder: RunFolder, config: RunConfig, console: Console) -> Path:
+    """Makes the demo corpus's shards in the run's data folder, or reuses them."""
+    from jaxllm.data.corpus import prepare_demo
+    from jaxllm.data.shards import load_manifest
+
+    vocab_size = config.model.vocab_size
+    if (folder.data / "manifest.json").exists():
+        try:
+            if load_manifest(folder.data).vocab_size <= vocab_size:
+                console.say(f"data: reusing {folder.data}")
+                return folder.data
+        except ValueError as error:
+            console.say(f"data: {error}; making it anew")
+    console.say(
+        f"data: training a tokenizer and writing token shards of the demo corpus "
+        f"(Python's own library) to {folder.data}"
+    )
+    prepare_demo(folder.data, vocab_size=vocab_size)
+    return folder.data
+
+
+def open_batches(config: RunConfig) -> tuple[Batches, Batches]:
+    """Opens the training rows, shuffled, and the held-out rows, in order."""
+    common: dict[str, Any] = dict(
+        layout=config.data.layout, seq_len=config.seq_len,
+        isolate_documents=config.data.isolate_documents,
+        vocab_size=config.model.vocab_size,
+    )  # fmt: skip
+    train = Batches(
+        config.data.path, split="train", batch_size=config.train.batch_size,
+        seed=config.data.seed, **common,
+    )  # fmt: skip
+    micro = config.train.batch_size // config.train.accumulate
+    val = Batches(
+        config.data.path, split="val", batch_size=micro, shuffle=False, **common
+    )
+    return train, val
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What a checkpoint says about itself, besides its arrays."""
+    return {
+        "config": asdict(run.config),
+        "total_steps": run.total_steps,
+        "data": describe_data(run),
+        "versions": versions(),
+    }
+
+
+def describe_data(run: Run) -> dict[str, Any]:
+    """What must be the same for the order of the data to be the same."""
+    return {"rows": run.train.n_rows, "tokenizer": run.tokenizer.sha256}
+
+
+def cache_compilations(folder: Path) -> None:
+    """Keeps compiled programs, so that a second start skips most of the compiling."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def versions() -> dict[str, str]:
+    """The versions of what decides the figures."""
+    found = {}
+    for name in ("jaxllm", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a bare checkout
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,206 @@
+"""The folder of a run: where things lie, whether to start or go on, setting aside.
+
+config.json      the configuration, as it was asked for
+tokenizer.json   a copy of the data's tokenizer, for generating and exporting
+data/            token shards of the demo corpus, where the run made its own
+checkpoints/     one folder a step
+cache/           compiled programs
+train.log        the log lines; metrics.jsonl every step's figures; samples.txt
+loss.png         the loss curve
+summary.json     written last: how the run ended
+archive/N/       an earlier run of the same name, set aside whole
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxllm import config as configuration
+from jaxllm.config import RunConfig
+
+Start = Literal["new", "continue", "finished"]
+
+# What may differ between two starts of one run: how it is computed, shown and kept.
+FREE_FIELDS = {
+    "": ("out", "resume", "fresh", "compute", "parallel"),
+    "data": ("path",),
+    "train": (
+        "steps", "epochs", "log_every", "eval_every", "eval_rows", "sample_every",
+        "sample_prompt", "sample_tokens", "save_every", "keep", "keep_every",
+        "when_finished",
+    ),
+}  # fmt: skip
+KEPT_WHEN_SET_ASIDE = ("data", "cache", "archive", ".lock")
+
+
+class RunFolder:
+    """Names the files of a run, and looks after them as a whole."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.data = self.path / "data"
+        self.checkpoints = self.path / "checkpoints"
+        self.cache = self.path / "cache"
+        self.log = self.path / "train.log"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.txt"
+        self.plot = self.path / "loss.png"
+        self.summary = self.path / "summary.json"
+
+    def create(self) -> None:
+        """Makes the folder.
+
+        Raises: ValueError if it cannot be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"the run folder {self.path} cannot be written: {error.strerror}; "
+                f"choose another with --out"
+            ) from None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second training process out of the folder; the lock dies with us.
+
+        Raises: ValueError if another process trains here.
+        """
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ValueError(
+                    f"process {file.read().strip() or '?'} is training in {self.path}: "
+                    f"wait for it, stop it, or choose another folder with --out"
+                ) from None
+            except OSError:
+                # Some network file systems have no locks; training goes before them.
+                pass
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def load_config(self) -> RunConfig:
+        """Reads the run's configuration.
+
+        Raises: ValueError if there is none, or if it is damaged.
+        """
+        try:
+            values = json.loads(self.config.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.path} is not a run folder: it has no config.json; give the "
+                f"folder that scripts/pretrain.py wrote, such as runs/demo"
+            ) from None
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.config} cannot be read: {error}") from None
+        return configuration.from_dict(RunConfig, values, where=str(self.config))
+
+    def has_checkpoint(self) -> bool:
+        """Whether anything was ever saved here."""
+        return self.checkpoints.is_dir() and any(
+            child.name.isdigit() for child in self.checkpoints.iterdir()
+        )
+
+    def finished_at(self) -> int | None:
+        """The step at which the run came to its end, or None."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+            return int(summary["step"]) if summary["finished"] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def set_aside(self) -> Path | None:
+        """Moves an earlier run into archive/N, but for its data and caches."""
+        if not self.config.exists():
+            return None
+        archive = self.path / "archive"
+        archive.mkdir(exist_ok=True)
+        taken = [int(p.name) for p in archive.iterdir() if p.name.isdigit()]
+        target = archive / str(max(taken, default=0) + 1)
+        target.mkdir()
+        for child in self.path.iterdir():
+            # config.json goes last: until then the folder is still the old run's.
+            if child.name not in (*KEPT_WHEN_SET_ASIDE, "config.json"):
+                child.rename(target / child.name)
+        self.config.rename(target / "config.json")
+        return target
+
+
+def decide(folder: RunFolder, config: RunConfig) -> Start:
+    """Decides between a new run, going on, and having nothing left to do.
+
+    Raises: ValueError if --resume finds no run, or if the run in the folder has another
+    configuration.
+    """
+    if config.fresh:
+        return "new"
+    if not folder.config.exists() or not folder.has_checkpoint():
+        if config.resume:
+            raise ValueError(
+                f"--resume found no checkpoint in {folder.path}: check --out, or leave "
+                f"--resume out to start a new run"
+            )
+        return "new"
+    finished = folder.finished_at()
+    more = config.train.steps > (finished or 0)
+    if finished is not None and not config.resume:
+        if config.train.when_finished == "again":
+            return "new"
+        if not more or config.train.steps == folder.load_config().train.steps:
+            return "finished"
+    require_same_run(folder, config)
+    return "finished" if finished is not None and not more else "continue"
+
+
+def require_same_run(folder: RunFolder, config: RunConfig) -> None:
+    """Compares what makes two starts one run.
+
+    Raises: ValueError naming the first field that differs, with both values.
+    """
+    earlier, now = _identity(folder.load_config()), _identity(config)
+    for name in now:
+        if earlier[name] != now[name]:
+            raise ValueError(
+                f"{folder.path} holds a run with {name}={earlier[name]!r}, and "
+                f"{name}={now[name]!r} was asked for: give the same value to go on, "
+                f"another folder with --out, or --fresh to set the old run aside"
+            )
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    values = asdict(config)
+    same: dict[str, Any] = {"compute.param_dtype": values["compute"]["param_dtype"]}
+    for room, fields in values.items():
+        if room in FREE_FIELDS[""]:
+            continue
+        for name, value in fields.items():
+            if name not in FREE_FIELDS.get(room, ()):
+                same[f"{room}.{name}"] = value
+    if config.optim.loss_norm == "token" and config.optim.schedule_unit == "update":
+        # Then the cut into micro-batches changes nothing but rounding.
+        del same["train.accumulate"]
+    return same
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file so that a reader finds the old one or the new, whole."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
