@@ -1,0 +1,250 @@
+"""The bytes of the input files as parts of whole lines, damage noted and stepped over.
+
+A part is the unit of work and of resumption: the lines whose first byte lies in one
+stretch of `part_bytes` of a file (of its unpacked content, if it is compressed), or a
+bundle of whole small files. Parts depend on the files alone, never on who reads them,
+so any number of workers gives the same result. A worker walks all parts in order and
+reads those it can claim: in a compressed file the others cost it their unpacking, in a
+plain file nothing.
+"""
+
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+from jaxllm.data.sources import Kind, Source, kind_of
+from jaxllm.data.unpack import (
+    CHUNK,
+    LineReader,
+    Read,
+    Readable,
+    damage_reason,
+    is_damage,
+    unpacked,
+)
+
+
+@dataclass
+class Segment:
+    """Lines of one file or tar member."""
+
+    source: int
+    """Which source, counted from 0."""
+    member: str
+    kind: Kind
+    data: bytes = b""
+    values: Iterable[Any] = ()
+    """The column's values, for Parquet, in the place of data."""
+    damage: str = ""
+    """Why the file could not be read beyond this data; empty if it could."""
+
+
+@dataclass
+class Part:
+    name: str
+    segments: list[Segment]
+    consumed: int
+    """Bytes of the files themselves that this part stands for; for the progress."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parts that are known before reading: whole small files, or one stretch."""
+
+    first: int
+    """The first source."""
+    count: int = 1
+    """How many sources are bundled."""
+    index: int = 0
+    """The stretch of a long file, or the row group of a Parquet file."""
+
+
+Claim = Callable[[str], bool]
+
+
+def part_name(source: int, member: int, index: int) -> str:
+    """Names a part so that names sort in the order of the text."""
+    return f"{source:07d}-{member:06d}-{index:07d}"
+
+
+def plan_units(sources: Sequence[Source], part_bytes: int) -> list[Unit]:
+    """Cuts the sources into units; a compressed file is one, cut while reading."""
+    units: list[Unit] = []
+    bundled = 0
+    for i, source in enumerate(sources):
+        small = source.seekable and source.kind != "parquet"
+        small = small and source.bytes < part_bytes
+        if small and bundled and bundled + source.bytes <= part_bytes:
+            last = units.pop()
+            units.append(Unit(last.first, last.count + 1))
+            bundled += source.bytes
+            continue
+        bundled = source.bytes if small else 0
+        if small or not source.seekable:
+            count = 1
+        elif source.kind == "parquet":
+            count = _parquet(source).num_row_groups
+        else:
+            count = source.bytes // part_bytes + 1
+        units += [Unit(i, 1, index) for index in range(count)]
+    return units
+
+
+def read_units(
+    sources: Sequence[Source],
+    units: Sequence[Unit],
+    claim: Claim,
+    *,
+    part_bytes: int,
+    line_bytes: int,
+    field: str,
+    stretch: int = 0,
+    on_end: Callable[[int, list[tuple[str, int]]], None] = lambda *_: None,
+) -> Iterator[Part]:
+    """Walks all parts in order and yields those that `claim(name)` grants.
+
+    Of a line longer than `line_bytes` one byte more than that is kept, so that it can
+    be told. After a compressed source comes `on_end(source, [(member, parts), ...])`.
+    With `stretch` only the lines that begin in so many bytes of a part are given.
+    """
+    stretch = min(stretch or part_bytes, part_bytes)
+    for unit in units:
+        source = sources[unit.first]
+        if not source.seekable:
+            members: list[tuple[str, int]] = []
+            yield from _stream_parts(
+                source, unit.first, claim, part_bytes, line_bytes, stretch, members
+            )
+            on_end(unit.first, members)
+            continue
+        name = part_name(unit.first, 0, unit.index)
+        if not claim(name):
+            continue
+        if source.kind == "parquet":
+            values = _column(source, unit.index, field)
+            segment = Segment(unit.first, "", "parquet", values=values)
+            groups = _parquet(source).num_row_groups
+            yield Part(name, [segment], source.bytes // groups)
+        elif unit.count == 1 and source.bytes >= part_bytes:
+            start = unit.index * part_bytes
+            data = _stretch(source, start, stretch, line_bytes)
+            segment = Segment(unit.first, "", source.kind, data)
+            yield Part(name, [segment], min(part_bytes, source.bytes - start))
+        else:
+            indices = range(unit.first, unit.first + unit.count)
+            segments = [_whole(sources[i], i) for i in indices]
+            yield Part(name, segments, sum(sources[i].bytes for i in indices))
+
+
+def _whole(source: Source, index: int) -> Segment:
+    with open(source.path, "rb") as file:
+        return Segment(index, "", source.kind, file.read())
+
+
+def _stretch(source: Source, start: int, length: int, line_bytes: int) -> bytes:
+    with open(source.path, "rb") as file:
+        position = max(start - 1, 0)
+        file.seek(position)
+        lines = LineReader(file.read, position)
+        if start:
+            lines.take(start, keep=0)
+        return lines.take(start + length, keep=line_bytes)
+
+
+def _stream_parts(
+    source: Source,
+    number: int,
+    claim: Claim,
+    part_bytes: int,
+    line_bytes: int,
+    stretch: int,
+    members: list[tuple[str, int]],
+) -> Iterator[Part]:
+    """Yields the claimed parts of a compressed file or archive, read from its start."""
+    with open(source.path, "rb") as raw:
+        seen = 0
+        hurt = False
+        for name, kind, read in _members(source, raw):
+            if hurt and source.archive and not name:
+                break  # the archive fails where its last member did: said already
+            lines = LineReader(read, 0)
+            index = 0
+            while not lines.ended:
+                part = part_name(number, len(members), index)
+                wanted = claim(part)
+                start = index * part_bytes
+                keep = line_bytes if wanted else 0
+                data = lines.take(start + stretch, keep=keep)
+                if stretch < part_bytes:
+                    lines.take(start + part_bytes, keep=0)
+                index += 1
+                before, seen = seen, raw.tell()
+                if wanted:
+                    segment = Segment(number, name, kind, data, damage=lines.damage)
+                    yield Part(part, [segment], seen - before)
+            members.append((name, index))
+            hurt = bool(lines.damage)
+
+
+def _members(source: Source, raw: IO[bytes]) -> Iterator[tuple[str, Kind, Read]]:
+    """Gives (name, kind, read) of each text in a compressed file or archive."""
+    read = unpacked(raw, source.packing)
+    if not source.archive:
+        yield "", source.kind, read
+        return
+    try:
+        # Closing it would close nothing: the file below is ours.
+        archive = tarfile.open(  # noqa: SIM115
+            fileobj=Readable(read), mode="r|", bufsize=CHUNK
+        )
+        for member in archive:
+            kind, packing, nested = kind_of(member.name, named=False)
+            hidden = member.name.rpartition("/")[2].startswith(".")
+            if not member.isfile() or hidden or nested or kind in (None, "parquet"):
+                continue
+            file = archive.extractfile(member)
+            assert file is not None and kind is not None
+            yield member.name, kind, unpacked(file, packing, piecewise=True)
+        while read(CHUNK):
+            pass  # tarfile takes a cut header for the end: only the packing can tell
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        # A member without a name, that holds nothing but the news.
+        yield "", "lines", _failing(error)
+
+
+def _failing(error: Exception) -> Read:
+    def read(size: int) -> bytes:
+        raise error
+
+    return read
+
+
+def _parquet(source: Source) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            f"input {source.path} is a Parquet file, which needs pyarrow: "
+            f"pip install 'jaxllm[parquet]'"
+        ) from None
+    try:
+        return pyarrow.parquet.ParquetFile(source.path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(
+            f"input {source.path} is no Parquet file: {damage_reason(error)}"
+        ) from None
+
+
+def _column(source: Source, group: int, name: str) -> Iterator[Any]:
+    """Gives the values of a column in one row group, a batch of rows at a time."""
+    file = _parquet(source)
+    if name not in file.schema_arrow.names:
+        raise ValueError(
+            f"input {source.path} has no column {name!r}: name one of "
+            f"{', '.join(file.schema_arrow.names)} with --field"
+        )
+    for batch in file.iter_batches(1024, row_groups=[group], columns=[name]):
+        yield from batch.column(0).to_pylist()

@@ -1,0 +1,135 @@
+"""Turns text files into a data folder: a tokenizer, token shards and a manifest.
+
+    python scripts/prepare_data.py --input poems.jsonl.gz --out data/poems
+
+Reads JSON lines (.jsonl, plain or packed as .gz .zst .bz2 .xz, or inside a .tar),
+Parquet and plain text; files, folders and patterns. Can be killed at any moment: the
+same command goes on where it stopped, and the result is the same to the byte.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxllm.data.corpus import Manifest, Progress, prepare
+
+
+@dataclass
+class Arguments:
+    """Turns text files into a data folder for scripts/pretrain.py."""
+
+    input: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH [PATH ...]")]
+    """Files, folders or quoted patterns to read: JSON lines, Parquet or plain text."""
+    out: Path
+    """Folder to make; it appears when everything is done."""
+    vocab_size: int = 6144
+    """Entries of the tokenizer that is trained, at least 261; little text gives fewer."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, or data folder with one, to use instead of training one."""
+    field: str = "text"
+    """Field of a JSON record, or column of a Parquet file, that holds the text."""
+    val_fraction: float = 0.01
+    """Share of the documents, from 0 up to 1, that is held out; drawn by their hash."""
+    seed: int = 0
+    """Seed of the hash that draws the held-out documents."""
+    dedup: Literal["none", "exact"] = "none"
+    """exact: of documents with the same text only the first is kept."""
+    bad_lines: float = 0.1
+    """Damaged records that are tolerated: a share below 1 (up to 10 records always, if
+    they are not the majority), a number from 1 on, 0 for none. They are left out and
+    listed in quarantine.jsonl; with more of them the command fails."""
+    sample_mb: float = 32.0
+    """Text that the tokenizer is trained on, in MB, taken evenly from all the input."""
+    workers: int = 0
+    """Processes that tokenise; 0 means one per core."""
+
+
+def main() -> None:
+    args = tyro.cli(Arguments, description=__doc__)
+    began = time.monotonic()
+    manifest = prepare(
+        args.input,
+        args.out,
+        vocab_size=args.vocab_size,
+        tokenizer=args.tokenizer,
+        field=args.field,
+        val_fraction=args.val_fraction,
+        seed=args.seed,
+        bad_lines=args.bad_lines,
+        dedup=args.dedup,
+        sample_bytes=int(args.sample_mb * 1e6),
+        workers=args.workers,
+        say=lambda line: print(line, flush=True),
+        progress=show_progress,
+    )
+    print_summary(manifest, args.out, time.monotonic() - began)
+
+
+def show_progress(progress: Progress) -> None:
+    """Prints one line, over the last one on a terminal."""
+    line = (
+        f"{progress.share:6.1%}  {progress.documents:,} documents  "
+        f"{progress.tokens / 1e6:,.2f} M tokens  "
+        f"{progress.text_bytes_per_s / 1e6:.1f} MB/s  {_left(progress.seconds_left)}"
+    )
+    if sys.stdout.isatty():
+        print("\r\x1b[K" + line, end="\n" if progress.done else "", flush=True)
+    elif progress.done or int(progress.seconds) % 10 == 0:
+        print(line, flush=True)
+
+
+def _left(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "..."
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02} left"
+
+
+def print_summary(manifest: Manifest, out: Path, seconds: float) -> None:
+    """Prints what the folder holds and what to do with it."""
+    print()
+    for split, shards in manifest.splits.items():
+        tokens, text_bytes = manifest.tokens(split), manifest.text_bytes(split)
+        documents = manifest.documents(split)
+        print(
+            f"{split:>6}: {documents:,} documents, {tokens:,} tokens, "
+            f"{text_bytes:,} bytes of text, {len(shards)} shards"
+        )
+    tokens = sum(manifest.tokens(split) for split in manifest.splits)
+    documents = sum(manifest.documents(split) for split in manifest.splits)
+    text_bytes = sum(manifest.text_bytes(split) for split in manifest.splits)
+    text_tokens = max(tokens - 2 * documents, 1)
+    print(
+        f"tokenizer: {manifest.vocab_size:,} entries, "
+        f"{text_bytes / text_tokens:.3f} bytes of text a token"
+    )
+    if manifest.empty:
+        print(f"left out: {manifest.empty:,} records without any text")
+    if manifest.duplicates:
+        print(f"left out: {manifest.duplicates:,} copies of earlier documents")
+    if manifest.quarantined:
+        print(
+            f"quarantined: {manifest.quarantined:,} damaged records of "
+            f"{manifest.records:,}, listed in {out / 'quarantine.jsonl'}"
+        )
+    print(f"time: {seconds:.1f} s")
+    print(
+        f"\nnext: python scripts/pretrain.py --data.path {out} "
+        f"--model.vocab-size {manifest.vocab_size}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
