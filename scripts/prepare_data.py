@@ -27,7 +27,7 @@ class Arguments:
     out: Path
     """Folder to make; it appears when everything is done."""
     vocab_size: int = 6144
-    """Entries of the tokenizer that is trained, at least 261; little text gives fewer."""
+    """Entries of the tokenizer that is trained, at least 261; small texts give less."""
     tokenizer: Path | None = None
     """A tokenizer.json, or data folder with one, to use instead of training one."""
     field: str = "text"

@@ -144,7 +144,7 @@ class Batches:
         ]
         self.n_rows = sum(map(len, self.rows))
         """Rows of one epoch."""
-        self._stream = _endless(
+        self._stream = endless_rows(
             self.rows, [weight for _, weight in self.mixture], seed, shuffle
         )
 
@@ -234,7 +234,7 @@ def _rows(
     return PackedRows(stream, seq_len, isolate=isolate)
 
 
-def _endless(rows: list[Any], weights: list[float], seed: int, shuffle: bool) -> Any:
+def endless_rows(rows: list[Any], weights: list[float], seed: int, shuffle: bool) -> Any:
     """Chains shuffle and repeat over each folder's rows, and mixes the folders."""
     from grain import MapDataset
 

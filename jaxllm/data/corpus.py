@@ -1,33 +1,28 @@
 """Text files -> a data folder, in one call that can be killed and called again."""
 
-import fcntl
 import json
 import os
-import shutil
 import sysconfig
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jaxllm.data.merging import FinishedPart, finished_parts, merge, write_quarantine
 from jaxllm.data.parts import Options, Plan, tokenize_parts
+from jaxllm.data.progress import Progress, reporting
 from jaxllm.data.reading import plan_units
 from jaxllm.data.records import text_digest
 from jaxllm.data.sampling import sample_texts
 from jaxllm.data.shards import (
     Manifest,
-    file_sha256,
     load_manifest,
     sync_folder,
-    write_atomically,
 )
 from jaxllm.data.sources import find_sources
 from jaxllm.data.tokenizer import SMALLEST_VOCAB, Tokenizer, train_tokenizer
+from jaxllm.data.work import existing_result, work_folder
 
 __all__ = ["Manifest", "Progress", "load_manifest", "prepare", "prepare_demo"]
 
@@ -40,23 +35,6 @@ _SMALL_BYTES = 12 << 20
 """Inputs up to this are tokenised in this process, by threads."""
 _FEW = 10
 """Damaged records that a small corpus may have, while they are the minority."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far the tokenising is."""
-
-    seconds: float
-    share: float
-    """Share of the bytes of the input files that is done, those of an earlier run
-    included."""
-    documents: int
-    tokens: int
-    text_bytes: int
-    text_bytes_per_s: float
-    """Rate of this run."""
-    seconds_left: float
-    done: bool
 
 
 def prepare(
@@ -102,14 +80,14 @@ def prepare(
         "tokenizer": given.sha256 if given else f"trained, {vocab_size} entries",
         "sample_bytes": 0 if given else sample_bytes,
     }
-    if (ready := _existing(out, plan, recorded)) is not None:
+    if (ready := existing_result(out, plan, recorded)) is not None:
         say(f"{out} holds this data already")
         return ready
-    with _work_folder(out, plan, recorded) as work:
+    with work_folder(out, plan, recorded) as work:
         if not (work / "tokenizer.json").exists():
             made = given or _train(plan, vocab_size, sample_bytes, say)
             made.save(work / "tokenizer.json")
-        with _reporting(work, plan, progress):
+        with reporting(work, plan, progress):
             _run(work, plan, workers)
         parts = finished_parts(work, plan)
         _check_unchanged(plan)
@@ -192,81 +170,6 @@ def _check_arguments(
         raise ValueError(f"workers={workers} must be >= 0 (0 means one per core)")
 
 
-def _existing(out: Path, plan: Plan, options: dict[str, Any]) -> Manifest | None:
-    """Gives the data set in `out` if it is the one that is asked for.
-
-    Raises: ValueError if `out` holds anything else.
-    """
-    if not os.path.lexists(out):
-        return None
-    if not out.is_dir():
-        raise ValueError(f"--out {out} is a file: name a folder that is not there yet")
-    if not any(out.iterdir()):
-        return None
-    if not (out / "manifest.json").exists():
-        raise ValueError(
-            f"--out {out} is not empty and no data folder: name another folder"
-        )
-    manifest = load_manifest(out)
-    same = manifest.options == options and len(manifest.sources) == len(plan.sources)
-    for made, source in zip(manifest.sources, plan.sources, strict=same):
-        same = same and (made.path, made.bytes) == (source.path, source.bytes)
-        same = same and made.sha256 == file_sha256(Path(source.path))
-        if not same:
-            break
-    if not same:
-        raise ValueError(
-            f"--out {out} holds another data set (other inputs or options): name "
-            f"another folder, or remove it first"
-        )
-    return manifest
-
-
-@contextmanager
-def _work_folder(out: Path, plan: Plan, options: dict[str, Any]) -> Iterator[Path]:
-    """Gives the hidden folder of the unfinished work, emptied if it is of another plan.
-
-    Raises: ValueError if another process works in it.
-    """
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.parent / f".{out.name}.partial"
-    work.mkdir(exist_ok=True)
-    with open(work / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is preparing {out} at this moment: wait for it"
-            ) from None
-        ours = {k: v for k, v in options.items() if k not in _MERGE_OPTIONS}
-        key = json.dumps([asdict(plan), ours])
-        if not _holds(work / "key.json", key):
-            for path in work.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            plan.save(work / "plan.json")
-            write_atomically(work / "key.json", key.encode())
-        (work / "parts").mkdir(exist_ok=True)
-        # What an earlier run claimed or half wrote means nothing now.
-        for name in ("claims", "result", "logs"):
-            shutil.rmtree(work / name, ignore_errors=True)
-        try:
-            yield work
-        except BaseException:
-            if not any((work / "parts").glob("*.json")):
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-    shutil.rmtree(work, ignore_errors=True)
-
-
-_MERGE_OPTIONS = ("val_fraction", "dedup", "shard_tokens")
-
-
-def _holds(path: Path, text: str) -> bool:
-    return path.exists() and path.read_text() == text
-
-
 def _train(
     plan: Plan,
     vocab_size: int,
@@ -296,60 +199,6 @@ def _run(work: Path, plan: Plan, workers: int) -> None:
     from jaxllm.data.executors import run_local
 
     run_local(work, run, workers or len(os.sched_getaffinity(0)))
-
-
-@contextmanager
-def _reporting(
-    work: Path, plan: Plan, report: Callable[[Progress], None]
-) -> Iterator[None]:
-    """Calls `report` every second with what the finished parts add up to."""
-    stop = threading.Event()
-    total = sum(source.bytes for source in plan.sources)
-    began = time.monotonic()
-    seen: dict[str, dict[str, int]] = {}
-
-    def look() -> tuple[int, ...]:
-        for path in (work / "parts").glob("*.json"):
-            if path.name not in seen and not path.name.startswith("."):
-                counts = json.loads(path.read_bytes())
-                keys = ("consumed", "documents", "tokens", "text_bytes")
-                seen[path.name] = {key: counts[key] for key in keys}
-        return tuple(
-            sum(counts[key] for counts in seen.values())
-            for key in ("consumed", "documents", "tokens", "text_bytes")
-        )
-
-    before = look()
-
-    def tell() -> None:
-        consumed, documents, tokens, text_bytes = look()
-        seconds = time.monotonic() - began
-        rate = (consumed - before[0]) / seconds
-        report(
-            Progress(
-                seconds,
-                min(consumed / total, 1.0),
-                documents,
-                tokens,
-                text_bytes,
-                (text_bytes - before[3]) / seconds,
-                max(total - consumed, 0) / rate if rate else float("inf"),
-                stop.is_set(),
-            )
-        )
-
-    def repeat() -> None:
-        while not stop.wait(1.0):
-            tell()
-
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    tell()
 
 
 def _check_unchanged(plan: Plan) -> None:

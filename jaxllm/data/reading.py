@@ -195,17 +195,16 @@ def _members(source: Source, raw: IO[bytes]) -> Iterator[tuple[str, Kind, Read]]
         return
     try:
         # Closing it would close nothing: the file below is ours.
-        archive = tarfile.open(  # noqa: SIM115
-            fileobj=Readable(read), mode="r|", bufsize=CHUNK
-        )
+        file: Any = Readable(read)
+        archive = tarfile.open(fileobj=file, mode="r|", bufsize=CHUNK)  # noqa: SIM115
         for member in archive:
             kind, packing, nested = kind_of(member.name, named=False)
             hidden = member.name.rpartition("/")[2].startswith(".")
             if not member.isfile() or hidden or nested or kind in (None, "parquet"):
                 continue
-            file = archive.extractfile(member)
-            assert file is not None and kind is not None
-            yield member.name, kind, unpacked(file, packing, piecewise=True)
+            content = archive.extractfile(member)
+            assert content is not None and kind is not None
+            yield member.name, kind, unpacked(content, packing, piecewise=True)
         while read(CHUNK):
             pass  # tarfile takes a cut header for the end: only the packing can tell
     except Exception as error:
@@ -224,7 +223,7 @@ def _failing(error: Exception) -> Read:
 
 def _parquet(source: Source) -> Any:
     try:
-        import pyarrow.parquet
+        import pyarrow.parquet  # type: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             f"input {source.path} is a Parquet file, which needs pyarrow: "

@@ -128,7 +128,8 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
             }
             values["sources"] = [SourceFile(**source) for source in values["sources"]]
             manifest = Manifest(**values, folder=folder)
-            manifest.splits["train"], manifest.splits["val"]  # noqa: B018
+            if set(manifest.splits) != {"train", "val"}:
+                raise ValueError(f"splits are {sorted(manifest.splits)}")
             np.dtype(manifest.dtype)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(

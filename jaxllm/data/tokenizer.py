@@ -62,15 +62,15 @@ class Tokenizer:
                     f"{name} has {found!r} at id {i} where the special token {token!r} "
                     f"belongs: leave --tokenizer out to train one of our own"
                 )
-        ids = self.encode(_PROBE)
-        if self.decode(ids, skip_special=False) != _PROBE or min(ids) < len(
-            SPECIAL_TOKENS
-        ):
-            raise ValueError(
-                f"{name} does not give text back as it came (a normalizer, a prefix "
-                f"space, or no byte-level alphabet): leave --tokenizer out to train "
-                f"one of our own"
-            )
+        for probe in (_PROBE, _PROBE.lstrip()):
+            ids = self.encode(probe)
+            faithful = self.decode(ids, skip_special=False) == probe
+            if not faithful or min(ids) < len(SPECIAL_TOKENS):
+                raise ValueError(
+                    f"{name} does not give text back as it came (a normalizer, a "
+                    f"prefix space, or no byte-level alphabet): leave --tokenizer out "
+                    f"to train one of our own"
+                )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
