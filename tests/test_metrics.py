@@ -1,0 +1,134 @@
+"""Meters count what they say, and log lines have the seed's form."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxllm.config import ComputeConfig, ModelConfig
+from jaxllm.model import Transformer
+from jaxllm.presets import preset
+from jaxllm.train.metrics import (
+    Meter,
+    append_jsonl,
+    flops_per_token,
+    peak_flops,
+    read_jsonl,
+    seed_line,
+    utilisation,
+)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_tokens_per_second_leave_out_paused_time():
+    clock = Clock()
+    meter = Meter(clock)
+    clock.now += 2.0
+    meter.stepped(1000, steps=4)
+    meter.waited(0.5)
+    meter.pause()
+    clock.now += 60.0
+    meter.resume()
+    clock.now += 3.0
+    meter.stepped(1500, steps=6)
+    assert meter.read() == {"tokens_per_s": 500.0, "step_ms": 500.0, "data_wait": 0.1}
+    clock.now += 1.0
+    meter.stepped(70)
+    assert meter.read()["tokens_per_s"] == pytest.approx(70.0)
+    assert meter.trained_s == pytest.approx(6.0)
+
+
+def test_flops_are_those_of_the_two_reference_shapes():
+    # The figures are 6 (weights + d V) + 12 L N H T / 2 and / 1, worked out by hand.
+    small, large = preset("k-215m").model, preset("k-259m").model
+    assert flops_per_token(small, 512) == (1_347_158_016, 1_403_781_120)
+    assert flops_per_token(large, 2048) == (1_781_268_480, 2_007_760_896)
+
+
+def test_flops_agree_with_the_compiler_within_two_percent():
+    # Wide enough that norms, softmax and rotations, which the formula leaves out, are
+    # small beside the matrix products, as they are in real models.
+    model = ModelConfig(
+        dim=768, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=3072, max_seq_len=64
+    )
+    compute = ComputeConfig(unroll=2).resolve(n_layers=2)
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: Transformer(model, compute, rngs=nnx.Rngs(0)))
+    )
+    tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+
+    def loss(params, tokens):
+        logits = nnx.merge(graphdef, params)(tokens)
+        return jax.nn.logsumexp(logits, axis=-1).sum()
+
+    params = nnx.to_pure_dict(state)
+    cost = jax.jit(jax.grad(loss)).lower(params, tokens).compile().cost_analysis()
+    _, full = flops_per_token(model, 64)
+    assert cost["flops"] == pytest.approx(full * tokens.size, rel=0.02)
+
+
+def test_unknown_devices_have_no_utilisation():
+    model = preset("k-215m").model
+    known = utilisation(
+        365e3, model, 512, device_kind="NVIDIA H100 80GB HBM3", dtype="bfloat16",
+        n_devices=1,
+    )  # fmt: skip
+    assert known["mfu"] == pytest.approx(365e3 * 1_347_158_016 / 989.4e12)
+    for kind, dtype in (("cpu", "bfloat16"), ("NVIDIA H100 80GB HBM3", "float32")):
+        assert peak_flops(kind, dtype) is None
+        assert not utilisation(
+            1.0, model, 512, device_kind=kind, dtype=dtype, n_devices=1
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4080", None),
+    ],
+)
+def test_device_names_are_matched_by_whole_words(kind, peak):
+    assert peak_flops(kind, "bfloat16") == peak
+
+
+def test_log_lines_have_the_form_of_the_seed():
+    line = seed_line(
+        100, steps_per_epoch=3125, epochs=1, loss=7.3189, lr=1.99547e-4, left_s=2400
+    )
+    assert line == "Epoch:[1/1](100/3125) loss:7.319 lr:0.0001995 epoch_Time:40.0min;"
+    line = seed_line(25, steps_per_epoch=10, epochs=3, loss=1, lr=0, left_s=0)
+    assert line.startswith("Epoch:[3/3](5/10) ")
+
+
+def test_metrics_survive_a_torn_line_and_forget_steps_to_be_redone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_jsonl(path, [{"step": i, "loss": 1.0} for i in range(4)])
+    append_jsonl(path, [{"step": 4, "loss": math.nan}])
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    records = read_jsonl(path)
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4]
+    assert records[4]["loss"] == "nan"
+    assert [r["step"] for r in read_jsonl(path, before_step=2)] == [0, 1]
+    for line in path.read_text().splitlines()[:5]:
+        json.loads(line)  # strict JSON: no bare NaN
+        assert "NaN" not in line
