@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_learning_rate_is_jaxllms(unit):
     with jax.enable_x64(True):
         for step in range(120):
             ours = jax_optim.learning_rate(
-                optim, np.int32(step), total_steps=100, accumulate=3
+                optim, jnp.int32(step), total_steps=100, accumulate=3
             )
             assert ref.learning_rate(optim, step, 100, 3) == pytest.approx(
                 float(ours), rel=1e-14, abs=0
