@@ -13,7 +13,7 @@ F hidden_dim, V vocab_size. Whatever has the shape of the parameters converts th
 way: gradients and both of Adam's moments.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -142,18 +142,27 @@ def from_state_dict(
             f"layers, tie_word_embeddings={config.tie_word_embeddings}; {len(extra)} "
             f"such): check that weights and configuration belong together"
         )
-    params: dict[str, Any] = {}
+    params = parameter_tree(config, lambda shape: np.empty(shape, dtype))
+    leaves = dict(_flatten(params))
     for row in _rows(config):
-        leaf = np.empty(_shape(row, config), dtype)
         for i, name in enumerate(_names(row, format, config)):
             tensor = _inward(row, np.asarray(tensors[name]), config, format)
-            leaf[i if _stacked(row) else ...] = tensor
-        *parents, last = row.ours.split("/")
-        node = params
+            leaves[row.ours][i if _stacked(row) else ...] = tensor
+    return params
+
+
+def parameter_tree(
+    config: ModelConfig, make: Callable[[tuple[int, ...]], Any]
+) -> dict[str, Any]:
+    """Builds our nested dict, every leaf made from its shape."""
+    tree: dict[str, Any] = {}
+    for path, shape in parameter_shapes(config).items():
+        *parents, last = path.split("/")
+        node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = leaf
-    return params
+        node[last] = make(shape)
+    return tree
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -129,6 +129,8 @@ def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
     # The writer takes the bytes of a strided view in storage order, without a word.
     dense = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     save_file(dense, path, metadata={"format": "pt"})
+    # The library makes it readable for its owner alone; its folder shall decide.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _open(path: Path) -> dict[str, np.ndarray]:
