@@ -234,7 +234,9 @@ def _rows(
     return PackedRows(stream, seq_len, isolate=isolate)
 
 
-def endless_rows(rows: list[Any], weights: list[float], seed: int, shuffle: bool) -> Any:
+def endless_rows(
+    rows: list[Any], weights: list[float], seed: int, shuffle: bool
+) -> Any:
     """Chains shuffle and repeat over each folder's rows, and mixes the folders."""
     from grain import MapDataset
 

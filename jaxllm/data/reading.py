@@ -16,11 +16,12 @@ from typing import IO, Any
 from jaxllm.data.sources import Kind, Source, kind_of
 from jaxllm.data.unpack import (
     CHUNK,
+    Forward,
     LineReader,
     Read,
-    Readable,
     damage_reason,
     is_damage,
+    member_reader,
     unpacked,
 )
 
@@ -36,6 +37,8 @@ class Segment:
     data: bytes = b""
     values: Iterable[Any] = ()
     """The column's values, for Parquet, in the place of data."""
+    rows: int = 0
+    """Their number."""
     damage: str = ""
     """Why the file could not be read beyond this data; empty if it could."""
 
@@ -123,9 +126,10 @@ def read_units(
             continue
         if source.kind == "parquet":
             values = _column(source, unit.index, field)
-            segment = Segment(unit.first, "", "parquet", values=values)
-            groups = _parquet(source).num_row_groups
-            yield Part(name, [segment], source.bytes // groups)
+            file = _parquet(source).metadata
+            rows = file.row_group(unit.index).num_rows
+            segment = Segment(unit.first, "", "parquet", values=values, rows=rows)
+            yield Part(name, [segment], source.bytes // file.num_row_groups)
         elif unit.count == 1 and source.bytes >= part_bytes:
             start = unit.index * part_bytes
             data = _stretch(source, start, stretch, line_bytes)
@@ -189,24 +193,25 @@ def _stream_parts(
 
 def _members(source: Source, raw: IO[bytes]) -> Iterator[tuple[str, Kind, Read]]:
     """Gives (name, kind, read) of each text in a compressed file or archive."""
-    read = unpacked(raw, source.packing)
+    read = unpacked(raw.read, source.packing)
     if not source.archive:
         yield "", source.kind, read
         return
+    file: Any = Forward(read)
     try:
-        # Closing it would close nothing: the file below is ours.
-        file: Any = Readable(read)
-        archive = tarfile.open(fileobj=file, mode="r|", bufsize=CHUNK)  # noqa: SIM115
-        for member in archive:
+        for member in tarfile.TarFile(fileobj=file):
             kind, packing, nested = kind_of(member.name, named=False)
             hidden = member.name.rpartition("/")[2].startswith(".")
-            if not member.isfile() or hidden or nested or kind in (None, "parquet"):
-                continue
-            content = archive.extractfile(member)
-            assert content is not None and kind is not None
-            yield member.name, kind, unpacked(content, packing, piecewise=True)
-        while read(CHUNK):
-            pass  # tarfile takes a cut header for the end: only the packing can tell
+            known = kind not in (None, "parquet") and not nested and not hidden
+            if known and member.isreg() and not member.issparse():
+                assert kind is not None
+                content = member_reader(file, member.offset_data, member.size)
+                yield member.name, kind, unpacked(content, packing)
+        # tarfile takes a cut header for the end; the packing and the length can tell.
+        while file.read(CHUNK):
+            pass
+        if file.tell() % tarfile.BLOCKSIZE:
+            raise EOFError("the archive ends inside a header")
     except Exception as error:
         if not is_damage(error):
             raise

@@ -45,6 +45,8 @@ def read_records(segment: Segment, field: str, line_bytes: int) -> Iterator[Reco
 
 def count_lines(segment: Segment) -> int:
     """Counts the lines of a segment, so that the next one's can be numbered."""
+    if segment.kind == "parquet":
+        return segment.rows
     lines = segment.data.count(b"\n")
     return lines + (bool(segment.data) and not segment.data.endswith(b"\n"))
 

@@ -1,10 +1,11 @@
 """Compressed and damaged files as plain bytes: what can be read is, then it is said."""
 
+import io
 import lzma
 import tarfile
 import zlib
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 CHUNK = 1 << 20
 Read = Callable[[int], bytes]
@@ -73,29 +74,81 @@ def damage_reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-class Readable:
-    """The least that tarfile asks of a file."""
+class Forward:
+    """Read, tell and seek over a stream that only goes forward, for tarfile.
+
+    A seek may go back as little as tarfile does, a byte. What was read before damage is
+    given; only a read that has nothing to give raises it.
+    """
+
+    _KEPT = 512
 
     def __init__(self, read: Read):
         self._read = read
-        self._rest = b""
+        self._buffer = b""
+        self._start = 0
+        self._at = 0
+        self._error: Exception | None = None
+
+    def tell(self) -> int:
+        """Gives the position of the next byte."""
+        return self._at
+
+    def seek(self, position: int) -> int:
+        """Goes to a position, or to the end if that comes first."""
+        assert position >= self._start
+        while self._start + len(self._buffer) < position and self._fill():
+            self._at = self._start + len(self._buffer)
+        self._at = min(position, self._start + len(self._buffer))
+        return self._at
 
     def read(self, size: int) -> bytes:
-        while len(self._rest) < size:
-            chunk = self._read(max(size - len(self._rest), 1 << 16))
-            if not chunk:
-                break
-            self._rest += chunk
-        data, self._rest = self._rest[:size], self._rest[size:]
+        """Reads so many bytes, fewer only at the end or before damage."""
+        while self._start + len(self._buffer) < self._at + size and self._fill():
+            pass
+        first = self._at - self._start
+        data = self._buffer[first : first + size]
+        self._at += len(data)
+        if size and not data and self._error:
+            raise self._error
         return data
 
+    def _fill(self) -> bool:
+        if self._error:
+            return False
+        try:
+            chunk = self._read(CHUNK)
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            self._error = error
+            return False
+        gone = max(self._at - self._KEPT - self._start, 0)
+        self._buffer = self._buffer[gone:] + chunk
+        self._start += gone
+        return bool(chunk)
 
-def unpacked(file: IO[bytes], packing: str, *, piecewise: bool = False) -> Read:
-    """Gives a read function over unpacked bytes.
 
-    read1 hands over what came before damage; read would lose it. `piecewise` says that
-    reading `file` itself can fail so.
-    """
+def member_reader(file: Forward, start: int, size: int) -> Read:
+    """Reads the content of an archive's member, which begins at `start`."""
+    left = size
+    file.seek(start)
+
+    def read(count: int) -> bytes:
+        nonlocal left
+        data = file.read(min(count, left))
+        if left and not data:
+            raise EOFError("the archive ends inside this member")
+        left -= len(data)
+        return data
+
+    return read
+
+
+def unpacked(read: Read, packing: str) -> Read:
+    """Gives a read function over the unpacked bytes of a stream."""
+    file: Any = _ReadOnly(read)
+    # read1 hands over what came before damage; read would lose it.
     if packing == ".gz":
         import gzip
 
@@ -107,11 +160,26 @@ def unpacked(file: IO[bytes], packing: str, *, piecewise: bool = False) -> Read:
     if packing == ".xz":
         return lzma.LZMAFile(file).read1
     if packing == ".zst":
-        return _zstd(file)
-    return file.read1 if piecewise else file.read  # type: ignore[attr-defined]
+        return _zstd(read)
+    return read
 
 
-def _zstd(file: IO[bytes]) -> Read:
+class _ReadOnly(io.RawIOBase):
+    """A read function as the file that the unpackers ask for."""
+
+    def __init__(self, read: Read):
+        self._read_some = read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._read_some(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _zstd(unread: Read) -> Read:
     """Unpacks zstandard frame after frame; its own reader ends a cut frame silently."""
     import zstandard
 
@@ -119,7 +187,7 @@ def _zstd(file: IO[bytes]) -> Read:
 
     def read(size: int) -> bytes:
         while True:
-            chunk = state["rest"] or file.read(1 << 17)
+            chunk = state["rest"] or unread(1 << 17)
             state["rest"] = b""
             if not chunk:
                 if state["frame"] is not None:
