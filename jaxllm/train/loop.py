@@ -3,6 +3,7 @@
 folder -> mesh -> data -> state (restore or start) -> step loop -> final save -> report
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from jaxllm.train.run import Run, describe, describe_data, prepare, versions
 from jaxllm.train.run_folder import RunFolder, decide
 from jaxllm.train.sharding import make_mesh
 from jaxllm.train.step import Batch, State, to_device
+from jaxllm.train.step_folders import CheckpointError
 
 
 def run(config: RunConfig) -> None:
@@ -37,8 +39,14 @@ def run(config: RunConfig) -> None:
                 console.say(f"the earlier run was set aside in {archived}")
             started = prepare(config, folder, console, mesh)
             events.introduce(started)
-            state = restore_or_init(started, resuming=start == "continue")
-            state = train(started, state)
+            try:
+                state = restore_or_init(started, resuming=start == "continue")
+                state = train(started, state)
+            except BaseException:
+                # A save under way is worth more than a quick death.
+                with contextlib.suppress(CheckpointError):
+                    started.checkpoints.close()
+                raise
             finish(started, state)
 
 
@@ -72,6 +80,9 @@ def train(run: Run, state: State) -> State:
     options, total = run.config.train, run.total_steps
     first = int(state["step"])
     if first == 0:
+        # The initial weights, for comparisons, and proof that saving works here before
+        # hours depend on it.
+        save(run, state, first)
         events.validate(run, state, first)
     run.meter.resume()
     for step, batch, n_tokens, waited in prefetched(run, first):
