@@ -27,13 +27,14 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 
 from jaxllm.train.manifest import (
+    load_arrays,
     load_step,
     make_manifest,
     read_manifest,
     state_bytes,
     verify_arrays,
 )
-from jaxllm.train.processes import agree, is_first, one_line
+from jaxllm.train.processes import agree, from_first, is_first, one_line
 from jaxllm.train.seal import Damaged, forget_cached, seal, sync_folder
 from jaxllm.train.step_folders import (
     UNFINISHED,
@@ -71,7 +72,8 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep: int = 3, keep_every: int = 0):
         """Keeps the `keep` newest steps, and multiples of `keep_every` unless it is 0.
 
-        Raises: ValueError on a `keep` below 1 or a negative `keep_every`.
+        Raises: ValueError on a `keep` below 1, a negative `keep_every`, or a folder
+        whose path Orbax cannot write to.
         """
         if keep < 1 or keep_every < 0:
             raise ValueError(
@@ -79,6 +81,13 @@ class Checkpoints:
                 f"0 (none): raise it"
             )
         self.folder = Path(folder).absolute()
+        if strange := set(str(self.folder)) & set("[]*?\\"):
+            # Orbax 0.12 looks for what its processes wrote by a glob over the whole
+            # path; where that matches nothing it commits a checkpoint without arrays.
+            raise ValueError(
+                f"checkpoints cannot be saved below {str(self.folder)!r}: rename what "
+                f"has {' '.join(sorted(strange))} in its name"
+            )
         self.keep = keep
         self.keep_every = keep_every
         self._unfinished = self.folder / UNFINISHED
@@ -177,7 +186,7 @@ class Checkpoints:
             _warn("%s", self._failure)
         self._damaged.clear()
         skipped: list[tuple[int, str]] = []
-        for candidate in self._candidates(step):
+        for candidate in self._agreed_candidates(step):
             folder = self.folder / str(candidate)
             try:
                 state, meta = load_step(folder, candidate, abstract)
@@ -191,6 +200,36 @@ class Checkpoints:
                 _warn("continuing from the older checkpoint %d", candidate)
             return Restored(candidate, state, meta, skipped)
         raise self._nothing_left(skipped)
+
+    def read_arrays(self, prefix: str, *, step: int | None = None) -> tuple[int, dict]:
+        """Reads some arrays onto the host, such as "params/": their step and the tree.
+
+        Falls back as `restore` does.
+
+        Raises: CheckpointError when no step has them undamaged.
+        """
+        skipped: list[tuple[int, str]] = []
+        for candidate in self._candidates(step):
+            try:
+                folder = self.folder / str(candidate)
+                return candidate, load_arrays(folder, candidate, prefix)
+            except (Damaged, OSError) as problem:
+                skipped.append((candidate, one_line(problem)))
+                if step is None:
+                    self._warn_of_damage(*skipped[-1])
+        raise self._nothing_left(skipped)
+
+    def _agreed_candidates(self, step: int | None) -> list[int]:
+        # Listed by one for all: another process may not see the latest rename yet.
+        problem, found = "", ""
+        if is_first():
+            try:
+                found = " ".join(map(str, self._candidates(step)))
+            except CheckpointError as error:
+                problem = str(error)
+        if problem := agree(problem):
+            raise CheckpointError(problem)
+        return [int(step) for step in from_first(found).split()]
 
     def _candidates(self, step: int | None) -> list[int]:
         steps = self.steps()

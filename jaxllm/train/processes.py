@@ -8,8 +8,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-MESSAGE_BYTES = 1024
-
 
 def is_first() -> bool:
     """Whether this is the process that writes, logs and decides for all."""
@@ -17,22 +15,38 @@ def is_first() -> bool:
 
 
 def agree(problem: str) -> str:
-    """Returns the first process's `problem` that is not empty, the same on each.
+    """Returns the first `problem` of any process that is not empty, the same on each.
 
-    Costs nothing in a single process; else a small collective on the devices.
+    Costs nothing in a single process; else small collectives on the devices.
     """
+    return next(filter(None, _gather(problem)), "")
+
+
+def from_first(value: str) -> str:
+    """Returns the `value` of the first process, on each."""
+    return _gather(value)[0]
+
+
+def _gather(text: str) -> list[str]:
+    """Returns the text of every process, in their order."""
     if jax.process_count() == 1:
-        return problem
-    mine = np.zeros(MESSAGE_BYTES, np.uint8)
-    text = np.frombuffer(problem.encode()[:MESSAGE_BYTES], np.uint8)
-    mine[: text.size] = text
-    for row in np.asarray(multihost_utils.process_allgather(mine)):
-        if row.any():
-            return row.tobytes().rstrip(b"\0").decode(errors="replace")
-    return ""
+        return [text]
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(mine.size)))
+    if not sizes.any():
+        return [""] * sizes.size
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: mine.size] = mine
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    pairs = zip(rows, sizes.ravel(), strict=True)
+    return [row[:size].tobytes().decode() for row, size in pairs]
 
 
 def one_line(problem: object) -> str:
-    """Returns an error's text as one line of at most some 400 characters."""
-    text = " ".join(str(problem).split()) or type(problem).__name__
+    """Returns an error's text as one line of at most some 400 characters.
+
+    Leaves out the specification that TensorStore repeats at the end of its errors.
+    """
+    text = " ".join(str(problem).partition(" [tensorstore_spec")[0].split())
+    text = text or type(problem).__name__
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
