@@ -83,10 +83,10 @@ def export(args: Export) -> None:
     target = args.out or args.run / "export" / args.format
     check_target(target)
     _check(args)
-    config, state, step = read_run(args.run, args.step)
+    config, step, trained = read_run(args.run, args.step)
     tokenizer = read_tokenizer(args.run)
     dtype = args.dtype or config.compute.param_dtype
-    params = round_params(state["params"], config.model, dtype)
+    params = round_params(trained, config.model, dtype)
     data = data_folders(args.run, config)
     with new_folder(target) as draft:
         write_export(
@@ -98,7 +98,8 @@ def export(args: Export) -> None:
         if args.optimizer:
             from torch_moments import write_trainer
 
-            write_trainer(draft, state, config)
+            _, _, opt = read_run(args.run, step, prefix="opt/")
+            write_trainer(draft, {"step": step, "opt": opt}, config)
         report: dict[str, Any] = {
             "name": args.run.resolve().name,
             "format": args.format,
@@ -123,36 +124,18 @@ def export(args: Export) -> None:
     print(f"{target}: step {step}, {args.format}, {dtype}; {_proof_line(report)}")
 
 
-def read_run(run: Path, step: int | None) -> tuple[RunConfig, dict[str, Any], int]:
-    """Restores a run's state on this machine's first device, whatever mesh it had.
+def read_run(
+    run: Path, step: int | None, *, prefix: str = "params/"
+) -> tuple[RunConfig, int, dict[str, Any]]:
+    """Reads a run's configuration, step and arrays, as NumPy: those below `prefix`.
 
-    Raises: ValueError if there is no such run, checkpoint or step.
+    Raises: ValueError if there is no such run, or no such step that is undamaged.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from jaxllm.train import optim
     from jaxllm.train.checkpoint import Checkpoints
 
     folder = RunFolder(run)
     config = folder.load_config()
-    if config.compute.param_dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
-    abstract = jax.eval_shape(lambda: _state(config, jnp, optim))
-    restored = Checkpoints(folder.checkpoints).restore(abstract, step=step)
-    for newer, reason in restored.skipped:
-        print(f"note: checkpoint {newer} is damaged ({reason})", file=sys.stderr)
-    return config, restored.state, restored.step
-
-
-def _state(config: RunConfig, jnp: Any, optim: Any) -> dict[str, Any]:
-    from jaxllm.convert.names import parameter_tree
-
-    params = parameter_tree(
-        config.model, lambda shape: jnp.zeros(shape, config.compute.param_dtype)
-    )
-    step = jnp.zeros((), jnp.int32)
-    return {"step": step, "params": params, "opt": optim.init(params)}
+    return config, *Checkpoints(folder.checkpoints).read_arrays(prefix, step=step)
 
 
 def read_tokenizer(run: Path) -> Tokenizer | None:

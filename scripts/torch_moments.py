@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from jaxllm.config import ModelConfig, RunConfig, from_dict
-from jaxllm.convert.names import from_state_dict, to_state_dict
-from torch_ref.ddp_pretrain import TRAINER, make_optimizer
+from jaxllm.convert.load import params_from
+from jaxllm.convert.names import parameter_tree, to_state_dict
+from torch_ref.ddp_pretrain import make_optimizer
 from torch_ref.k_model import ModelConfig as TorchConfig
 from torch_ref.k_model import Transformer
+from torch_ref.run_folder import TRAINER
 
 OURS = {"m": "exp_avg", "v": "exp_avg_sq"}
 
@@ -32,26 +34,29 @@ def to_torch(tree: dict[str, Any], config: ModelConfig) -> dict[str, torch.Tenso
     return state
 
 
-def from_torch(
-    tensors: dict[str, torch.Tensor], config: ModelConfig, *, where: str
-) -> dict[str, Any]:
-    """Builds our tree from a k_model state dict.
+def to_arrays(tensors: Any, *, where: str) -> dict[str, np.ndarray]:
+    """Gives the tensors of a state dict as NumPy arrays, bfloat16 included.
 
-    Raises: ValueError naming `where` and the tensor that does not fit.
+    Raises: ValueError naming `where` if it is not a dict from names to dense tensors.
     """
+    if not isinstance(tensors, dict):
+        raise ValueError(
+            f"{where} holds a {type(tensors).__name__} instead of a state dict: save "
+            f"model.state_dict()"
+        )
     arrays = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            raise ValueError(f"{where}: {name!r} is not a dense tensor")
+            raise ValueError(
+                f"{where}: {name!r} is a {type(tensor).__name__} and not a dense "
+                f"tensor: save model.state_dict()"
+            )
         tensor = tensor.detach().cpu().contiguous()
         if tensor.dtype == torch.bfloat16:
             arrays[name] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         else:
             arrays[name] = tensor.numpy()
-    try:
-        return from_state_dict(arrays, config, format="k_model")
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    return arrays
 
 
 def write_trainer(folder: Path, state: dict[str, Any], config: RunConfig) -> None:
@@ -103,7 +108,9 @@ def read_trainer(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
             moment = {names[i]: entry[theirs] for i, entry in entries.items()}
             if not entries:
                 moment = _zeros(config.model)
-            opt[ours] = from_torch(moment, config.model, where=f"{path}: {theirs}")
+            where = f"{path}: {theirs}"
+            arrays = to_arrays(moment, where=where)
+            opt[ours] = params_from(arrays, config.model, format="k_model", where=where)
         step = np.int32(saved["step"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: the optimizer's state lacks {error}") from None
@@ -138,6 +145,4 @@ def _optimizer(config: RunConfig) -> tuple[list[str], torch.optim.Optimizer]:
 
 
 def _zeros(config: ModelConfig) -> dict[str, torch.Tensor]:
-    from jaxllm.convert.names import parameter_tree
-
     return to_torch(parameter_tree(config, lambda s: np.zeros(s, np.float32)), config)

@@ -94,8 +94,8 @@ def model_card(
         "",
         f"{config.optim.algorithm}, learning rate {config.optim.learning_rate:g} to "
         f"{config.optim.min_learning_rate:g} (cosine, {config.optim.warmup_steps} "
-        f"steps of warm-up), betas {config.optim.beta1:g} and {config.optim.beta2:g}, clip "
-        f"{config.optim.clip_norm:g}, {train.batch_size} rows of {config.seq_len} "
+        f"steps of warm-up), betas {config.optim.beta1:g} and {config.optim.beta2:g}, "
+        f"clip {config.optim.clip_norm:g}, {train.batch_size} rows of {config.seq_len} "
         f"tokens an update, layout `{config.data.layout}`.",
         "",
     ]
@@ -144,7 +144,9 @@ def _parity(report: Mapping[str, Any]) -> list[str]:
         return [f"Not verified: {report['reason']}."]
     if report["status"] == "failed":
         wrong = [check["name"] for check in report["checks"] if not check["passed"]]
-        return [f"**No: it failed the comparison ({'; '.join(wrong)}). Do not use it.**"]
+        return [
+            f"**No: it failed the comparison ({'; '.join(wrong)}). Do not use it.**"
+        ]
     rows = [(check["name"], _figures(check)) for check in report["checks"]]
     return [
         "This folder was opened with the programs below and compared, in float32, with "

@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""Imports weights into a run folder that generate.py and pretrain.py open.
+
+    python scripts/import_weights.py some/llama-folder --out runs/llama
+
+PATH is a Hugging Face Llama folder, a folder or .safetensors file of a k_model, a
+pickled state dict (.pth, with --allow-pickle), or a run of torch_ref/ddp_pretrain.py,
+whose Adam moments come along (with --allow-pickle: they lie in a pickle).
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+# Nothing here needs a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+import tyro
+
+from jaxllm.config import ComputeConfig, DataConfig, ModelConfig, RunConfig, to_json
+from jaxllm.convert.folder import new_folder, publish
+from jaxllm.convert.load import (
+    PICKLES,
+    cast_tree,
+    params_from,
+    read_config,
+    read_params,
+)
+from jaxllm.convert.names import parameter_tree
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.train.run_folder import RunFolder
+
+TRAINER = "trainer.pt"  # torch_ref/run_folder.py, not imported: it needs torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Imports weights into a run folder."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """Folder or file to import."""
+    out: Path
+    """Run folder to make; it must not exist yet."""
+    config: Path | None = None
+    """The config.json of the weights. None: the one beside them."""
+    tokenizer: Path | None = None
+    """A tokenizer.json of scripts/prepare_data.py. None: the one beside the weights, if
+    it is of that kind."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    """Dtype of the weights in the run. None: float32 (float64 stays float64)."""
+    data: str = ""
+    """Data folder on which pretrain.py --resume shall go on; empty: none yet."""
+    seq_len: int = 0
+    """Length in tokens of the rows of --data; 0 means the model's whole context."""
+    allow_pickle: bool = False
+    """Open pickles, too: tensors and plain values are read, code never runs."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and imports; returns the exit code."""
+    args = tyro.cli(Import, args=argv, description=__doc__)
+    try:
+        import_weights(args)
+    except (ValueError, OSError) as error:
+        print(f"import_weights.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def import_weights(args: Import) -> None:
+    """Reads, checks, and writes the run folder, whole or not at all.
+
+    Raises: ValueError for what the user can mend.
+    """
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"{args.out} exists: give another --out, or remove it")
+    if not args.path.exists():
+        raise ValueError(f"{args.path} does not exist: give a folder or a file")
+    path = _newest_checkpoint(args.path)
+    if (path / TRAINER).is_file():
+        config, state = _from_trainer(path, args)
+    else:
+        config, state = _from_weights(path, args)
+    tokenizer = _tokenizer(path, args, config.model)
+    meta = _meta(config)
+    with new_folder(args.out) as draft:
+        write_run(draft, config, state, meta, tokenizer)
+        publish(draft, args.out)
+    print(
+        f"{args.out}: {config.model.n_params:,} parameters in "
+        f"{config.compute.param_dtype}, step {int(state['step'])}, from {path}"
+    )
+    if tokenizer is not None:
+        print(f"next: python scripts/generate.py {args.out} --prompt 'Once'")
+    if args.data:
+        print(f"next: python scripts/pretrain.py --resume --out {args.out}")
+
+
+def write_run(
+    folder: Path,
+    config: RunConfig,
+    state: dict[str, Any],
+    meta: dict[str, Any],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes what makes a folder a run: configuration, tokenizer, one checkpoint."""
+    from jaxllm.train.checkpoint import Checkpoints
+
+    run = RunFolder(folder)
+    run.config.write_text(to_json(config), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(run.tokenizer)
+    checkpoints = Checkpoints(run.checkpoints)
+    checkpoints.save(int(state["step"]), state, meta)
+    checkpoints.close()
+
+
+def _newest_checkpoint(path: Path) -> Path:
+    """Goes from a run of ddp_pretrain.py to its newest checkpoint."""
+    steps = sorted(path.glob("step_*")) if path.is_dir() else []
+    return steps[-1] if steps and not (path / "config.json").exists() else path
+
+
+def _from_weights(path: Path, args: Import) -> tuple[RunConfig, dict[str, Any]]:
+    """Weights alone: a run at step 0, with Adam at rest."""
+    pickled = path.is_file() and path.suffix in PICKLES
+    if pickled and not args.allow_pickle:
+        raise ValueError(
+            f"{path} is a pickle, which can hold code: convert it to safetensors, or "
+            f"give --allow-pickle to read its tensors and nothing else"
+        )
+    format, model = read_config(path, args.config)
+    if pickled:
+        from torch_moments import load, to_arrays
+
+        arrays = to_arrays(load(path), where=str(path))
+        params = params_from(arrays, model, format=format, where=str(path))
+    else:
+        params = read_params(path, model, format=format)
+    wide = params["norm"]["weight"].dtype == np.float64
+    dtype = args.dtype or ("float64" if wide else "float32")
+    config = RunConfig(
+        out=str(args.out),
+        model=model,
+        compute=ComputeConfig(param_dtype=dtype),
+        data=DataConfig(path=args.data, seq_len=args.seq_len),
+    )
+    params = cast_tree(params, dtype)
+    moments = [
+        parameter_tree(model, lambda s: np.zeros(s, params["norm"]["weight"].dtype))
+        for _ in range(2)
+    ]
+    opt = {"count": np.zeros((), np.int32), "m": moments[0], "v": moments[1]}
+    return config, {"step": np.zeros((), np.int32), "params": params, "opt": opt}
+
+
+def _from_trainer(path: Path, args: Import) -> tuple[RunConfig, dict[str, Any]]:
+    """A checkpoint of ddp_pretrain.py: weights, moments, step and configuration."""
+    if not args.allow_pickle:
+        raise ValueError(
+            f"{path / TRAINER} is a pickle, which can hold code: give --allow-pickle "
+            f"to read its tensors and nothing else, or the model.safetensors beside "
+            f"it to take the weights alone"
+        )
+    for name in ("dtype", "config", "seq_len"):
+        if getattr(args, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} does not go with {path}, whose training "
+                f"goes on as it was: leave it out"
+            )
+    from torch_moments import read_trainer
+
+    config, state = read_trainer(path)
+    format, model = read_config(path)
+    if dataclasses.replace(config.model, dropout=model.dropout) != model:
+        raise ValueError(f"{path}: config.json and {TRAINER} describe different models")
+    params = read_params(path, config.model, format=format)
+    data = dataclasses.replace(config.data, path=args.data or config.data.path)
+    config = dataclasses.replace(
+        config,
+        out=str(args.out),
+        data=data,
+        compute=ComputeConfig(param_dtype=str(params["norm"]["weight"].dtype)),  # type: ignore[arg-type]
+    )
+    return config, state | {"params": params}
+
+
+def _tokenizer(path: Path, args: Import, model: ModelConfig) -> Tokenizer | None:
+    """The tokenizer that was given, or the one that came with the weights.
+
+    Raises: ValueError if the given one is not ours, or has more ids than the model.
+    """
+    beside = (path if path.is_dir() else path.parent) / "tokenizer.json"
+    file = args.tokenizer or (
+        Path(args.data) / "tokenizer.json" if args.data else beside
+    )
+    if args.tokenizer is None and not file.exists():
+        return None
+    try:
+        tokenizer = Tokenizer.load(file)
+    except ValueError as error:
+        if args.tokenizer is not None or args.data:
+            raise
+        print(f"note: without a tokenizer, since {error}", file=sys.stderr)
+        return None
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{file} has {tokenizer.vocab_size} ids, and the model only "
+            f"{model.vocab_size}: give the tokenizer that belongs to it"
+        )
+    return tokenizer
+
+
+def _meta(config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint says besides its arrays, as jaxllm/train/run.py writes it."""
+    meta = {"config": dataclasses.asdict(config), "total_steps": config.train.steps}
+    if not config.data.path:
+        return meta | {"data": None}
+    from jaxllm.train.run import open_batches
+
+    train, _ = open_batches(config)
+    rows, options = train.n_rows, config.train
+    total = options.steps or -(-rows * options.epochs // options.batch_size)
+    data = {"rows": rows, "tokenizer": train.tokenizer.sha256}
+    return meta | {"data": data, "total_steps": total}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
