@@ -11,11 +11,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxllm.data.corpus import Manifest, Progress, prepare
+from jaxllm.data.corpus import Manifest, Progress, prepare, submit
 
 
 @dataclass
@@ -45,28 +45,72 @@ class Arguments:
     sample_mb: float = 32.0
     """Text that the tokenizer is trained on, in MB, taken evenly from all the input."""
     workers: int = 0
-    """Processes that tokenise; 0 means one per core."""
+    """Processes that tokenise; 0 means one per core. With slurm: tasks of the array."""
+    executor: Literal["local", "slurm", "ray"] = "local"
+    """Where they run: on this machine, as a Slurm array job, or on a Ray cluster. The
+    work folder beside --out must be on a file system that all of them see."""
+    partition: str = "cpu"
+    """Slurm partition."""
+    time_limit: str = "12:00:00"
+    """Longest a Slurm task may take, as hours:minutes:seconds."""
+    memory_gb: int = 4
+    """Memory of a Slurm task, in GB."""
+    dry_run: bool = False
+    """With slurm: print the job scripts and submit nothing."""
 
 
 def main() -> None:
     args = tyro.cli(Arguments, description=__doc__)
     began = time.monotonic()
+    recipe = {
+        "vocab_size": args.vocab_size,
+        "tokenizer": args.tokenizer,
+        "field": args.field,
+        "val_fraction": args.val_fraction,
+        "seed": args.seed,
+        "dedup": args.dedup,
+        "sample_bytes": int(args.sample_mb * 1e6),
+    }
+    if args.dry_run and args.executor != "slurm":
+        raise ValueError("--dry-run is for --executor slurm: there is no job to print")
+    if args.executor == "slurm":
+        submit_to_slurm(args, recipe)
+        return
     manifest = prepare(
         args.input,
         args.out,
-        vocab_size=args.vocab_size,
-        tokenizer=args.tokenizer,
-        field=args.field,
-        val_fraction=args.val_fraction,
-        seed=args.seed,
         bad_lines=args.bad_lines,
-        dedup=args.dedup,
-        sample_bytes=int(args.sample_mb * 1e6),
         workers=args.workers,
-        say=lambda line: print(line, flush=True),
+        executor=args.executor,
+        say=say,
         progress=show_progress,
+        **recipe,
     )
     print_summary(manifest, args.out, time.monotonic() - began)
+
+
+def submit_to_slurm(args: Arguments, recipe: dict[str, Any]) -> None:
+    """Submits the array job and the job that merges, or prints them."""
+    from jaxllm.data.executors import SlurmJob
+
+    job = SlurmJob(
+        partition=args.partition,
+        tasks=args.workers or 16,
+        time=args.time_limit,
+        memory_gb=args.memory_gb,
+        # The merging run is this command itself: it goes on where the tasks stopped.
+        finish=(*sys.argv, "--executor", "local", "--workers", "1"),
+    )
+    scripts = submit(args.input, args.out, job, dry_run=args.dry_run, say=say, **recipe)
+    for name, script in zip(("tasks", "merging"), scripts, strict=True):
+        print(f"# ---- {name} ----\n{script}")
+    if not args.dry_run:
+        print(f"submitted; {args.out} appears when the second job has ended")
+
+
+def say(line: str) -> None:
+    """Prints a line at once, also into a file."""
+    print(line, flush=True)
 
 
 def show_progress(progress: Progress) -> None:

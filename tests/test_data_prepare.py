@@ -515,7 +515,7 @@ def test_another_data_set_is_never_overwritten(tmp_path, change):
     path = write_lines(tmp_path / "a.jsonl", map(record, lines_of(40)))
     prepare([path], tmp_path / "data", vocab_size=280)
     before = content_of(tmp_path / "data")
-    options = {"vocab_size": 280}
+    options: dict = {"vocab_size": 280}
     inputs = [path]
     if change == "content":
         path.write_bytes(path.read_bytes().replace(b"document 7", b"document 8"))

@@ -2,18 +2,17 @@
 
 import json
 import os
-import sysconfig
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from jaxllm.data.demo import demo_files
 from jaxllm.data.merging import FinishedPart, finished_parts, merge, write_quarantine
 from jaxllm.data.parts import Options, Plan, tokenize_parts
 from jaxllm.data.progress import Progress, reporting
 from jaxllm.data.reading import plan_units
-from jaxllm.data.records import text_digest
 from jaxllm.data.sampling import sample_texts
 from jaxllm.data.shards import (
     Manifest,
@@ -24,11 +23,19 @@ from jaxllm.data.sources import find_sources
 from jaxllm.data.tokenizer import SMALLEST_VOCAB, Tokenizer, train_tokenizer
 from jaxllm.data.work import existing_result, work_folder
 
-__all__ = ["Manifest", "Progress", "load_manifest", "prepare", "prepare_demo"]
+if TYPE_CHECKING:
+    from jaxllm.data.executors import SlurmJob
 
-PART_BYTES = 4 << 20
-LINE_BYTES = 8 << 20
-SHARD_TOKENS = 1 << 28
+__all__ = [
+    "Manifest",
+    "Progress",
+    "Recipe",
+    "load_manifest",
+    "prepare",
+    "prepare_demo",
+    "submit",
+]
+
 DEMO_BYTES = 8 << 20
 """How much of the standard library's source the demo corpus takes at most."""
 _SMALL_BYTES = 12 << 20
@@ -37,66 +44,122 @@ _FEW = 10
 """Damaged records that a small corpus may have, while they are the minority."""
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the content of a data folder, beside the input."""
+
+    vocab_size: int = 6144
+    """Entries of the tokenizer that is trained."""
+    tokenizer: str | os.PathLike[str] | None = None
+    """A tokenizer.json, or a folder with one, to use instead."""
+    field: str = "text"
+    """Field of a record that holds the text."""
+    val_fraction: float = 0.01
+    """Share of the documents that is held out."""
+    seed: int = 0
+    """Seed of the hash that draws them."""
+    dedup: Literal["none", "exact"] = "none"
+    """exact keeps the first of equal documents only."""
+    sample_bytes: int = 32 << 20
+    """Text that the tokenizer is trained on."""
+    part_bytes: int = 4 << 20
+    """Length of a part, the unit of work that a kill can cost."""
+    line_bytes: int = 8 << 20
+    """Longest record; a longer one is damage. It bounds the memory of a worker."""
+    shard_tokens: int = 1 << 28
+    """Tokens of a shard, about."""
+
+    def __post_init__(self):
+        if self.vocab_size < SMALLEST_VOCAB:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} is too small: the special tokens and "
+                f"256 bytes need at least {SMALLEST_VOCAB}"
+            )
+        if not 0.0 <= self.val_fraction < 1.0:
+            raise ValueError(f"val_fraction={self.val_fraction} must lie in [0, 1)")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be an integer >= 0")
+        if self.dedup not in ("none", "exact"):
+            raise ValueError(f"dedup={self.dedup!r} must be none or exact")
+        if self.sample_bytes < 1:
+            raise ValueError(f"sample_bytes={self.sample_bytes} must be at least 1")
+
+
 def prepare(
     inputs: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
-    vocab_size: int = 6144,
-    tokenizer: str | os.PathLike[str] | None = None,
-    field: str = "text",
-    val_fraction: float = 0.01,
-    seed: int = 0,
     bad_lines: float = 0.1,
-    dedup: Literal["none", "exact"] = "none",
-    sample_bytes: int = 32 << 20,
     workers: int = 0,
+    executor: Literal["local", "ray"] = "local",
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[Progress], None] = lambda progress: None,
-    part_bytes: int = PART_BYTES,
-    line_bytes: int = LINE_BYTES,
-    shard_tokens: int = SHARD_TOKENS,
+    **recipe: Any,
 ) -> Manifest:
     """Turns text files into a data folder; see `jaxllm.data.shards` for what is in it.
 
-    Trains a tokenizer on an even sample of the text unless one is given. `out` appears
-    at the end, whole; until then the work is in a hidden folder beside it, and the same
-    call goes on where an earlier one was stopped. If `out` holds the result already it
-    is returned as it is. `bad_lines` is the share (below 1) or number of damaged
-    records that is tolerated; `workers` 0 means one per core.
+    `recipe` are fields of `Recipe`. `out` appears at the end, whole; until then the
+    work is in a hidden folder beside it, and the same call goes on where an earlier one
+    was stopped. If `out` holds the result already it is returned as it is. `bad_lines`
+    is the share (below 1) or number of damaged records that is tolerated; `workers` 0
+    means one per core.
 
     Raises: ValueError for a bad argument or input, a budget that is exceeded, a corpus
     without documents, and an `out` that holds something else.
     """
     out = Path(out)
-    _check_arguments(vocab_size, val_fraction, seed, bad_lines, dedup, workers)
-    given = Tokenizer.load(tokenizer) if tokenizer is not None else None
-    sources = find_sources(inputs)
-    options = Options(field, seed, part_bytes, line_bytes)
-    plan = Plan(sources, plan_units(sources, part_bytes), options)
-    recorded = asdict(options) | {
-        "val_fraction": val_fraction,
-        "dedup": dedup,
-        "shard_tokens": shard_tokens,
-        "tokenizer": given.sha256 if given else f"trained, {vocab_size} entries",
-        "sample_bytes": 0 if given else sample_bytes,
-    }
-    if (ready := existing_result(out, plan, recorded)) is not None:
+    if not bad_lines >= 0:
+        raise ValueError(f"bad_lines={bad_lines} must be a share or a number >= 0")
+    if workers < 0:
+        raise ValueError(f"workers={workers} must be >= 0 (0 means one per core)")
+    plan, given, options = _plan(inputs, Recipe(**recipe))
+    if (ready := existing_result(out, plan, options)) is not None:
         say(f"{out} holds this data already")
         return ready
-    with work_folder(out, plan, recorded) as work:
-        if not (work / "tokenizer.json").exists():
-            made = given or _train(plan, vocab_size, sample_bytes, say)
-            made.save(work / "tokenizer.json")
+    with work_folder(out, plan, options) as work:
+        _make_tokenizer(work, plan, given, Recipe(**recipe), say)
         with reporting(work, plan, progress):
-            _run(work, plan, workers)
+            _run(work, plan, workers, executor)
         parts = finished_parts(work, plan)
         _check_unchanged(plan)
         _check_budget(parts, plan, work, bad_lines)
         say("writing shards")
-        merge(work, parts, plan, options=recorded, shard_tokens=shard_tokens)
+        shard_tokens = options["shard_tokens"]
+        merge(work, parts, plan, options=options, shard_tokens=shard_tokens)
         os.replace(work / "result", out)
         sync_folder(out.absolute().parent)
     return load_manifest(out)
+
+
+def submit(
+    inputs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    job: "SlurmJob",
+    *,
+    dry_run: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    **recipe: Any,
+) -> list[str]:
+    """Submits the same work to Slurm and gives the two scripts: tasks, then merging.
+
+    The tokenizer is trained here, before; with `dry_run` nothing is done at all.
+
+    Raises: ValueError as `prepare` does, or if Slurm does not take the jobs.
+    """
+    from jaxllm.data.executors import submit_slurm
+
+    out = Path(out)
+    plan, given, options = _plan(inputs, Recipe(**recipe))
+    if existing_result(out, plan, options) is not None:
+        raise ValueError(f"{out} holds this data already: nothing is submitted")
+    logs = out.with_name(f"{out.name}.slurm")
+    run = uuid.uuid4().hex[:12]
+    if dry_run:
+        work = out.absolute().with_name(f".{out.name}.partial")
+        return submit_slurm(work, run, job, logs=logs, dry_run=True)
+    with work_folder(out, plan, options, keep=True) as work:
+        _make_tokenizer(work, plan, given, Recipe(**recipe), say)
+        return submit_slurm(work, run, job, logs=logs, dry_run=False)
 
 
 def prepare_demo(
@@ -112,7 +175,7 @@ def prepare_demo(
     Takes files in an order that mixes the packages, up to `max_bytes`.
     """
     return prepare(
-        list(_demo_files(max_bytes)),
+        list(demo_files(max_bytes)),
         out,
         vocab_size=vocab_size,
         val_fraction=0.03,
@@ -121,53 +184,37 @@ def prepare_demo(
     )
 
 
-def _demo_files(max_bytes: int) -> Iterator[str]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    # No tests, and no tables of characters and tags: they teach a model nothing.
-    skipped = {"test", "tests", "idlelib", "encodings", "pydoc_data"}
-    skipped |= {"site-packages", "dist-packages"}
-    paths = [
-        path
-        for path in root.rglob("*.py")
-        if not skipped.intersection(path.relative_to(root).parts)
-    ]
-    # By hash of the name: an order that mixes the packages and is the same everywhere.
-    paths.sort(key=lambda p: text_digest(p.relative_to(root).as_posix().encode(), 0))
-    total = 0
-    for path in paths:
-        try:
-            data = path.read_bytes()
-            data.decode()
-        except (OSError, UnicodeDecodeError):
-            continue
-        if data and total + len(data) <= max_bytes:
-            total += len(data)
-            yield str(path)
+def _plan(
+    inputs: Sequence[str | os.PathLike[str]], recipe: Recipe
+) -> tuple[Plan, Tokenizer | None, dict[str, Any]]:
+    """Gives the plan, the given tokenizer, and the options as the manifest has them."""
+    given = None if recipe.tokenizer is None else Tokenizer.load(recipe.tokenizer)
+    sources = find_sources(inputs)
+    units = plan_units(sources, recipe.part_bytes)
+    options = Options(recipe.field, recipe.seed, recipe.part_bytes, recipe.line_bytes)
+    recorded = asdict(options) | {
+        "val_fraction": recipe.val_fraction,
+        "dedup": recipe.dedup,
+        "shard_tokens": recipe.shard_tokens,
+        "tokenizer": given.sha256 if given else f"trained, {recipe.vocab_size} entries",
+        "sample_bytes": 0 if given else recipe.sample_bytes,
+    }
+    return Plan(sources, units, options), given, recorded
 
 
-def _check_arguments(
-    vocab_size: int,
-    val_fraction: float,
-    seed: int,
-    bad_lines: float,
-    dedup: str,
-    workers: int,
+def _make_tokenizer(
+    work: Path,
+    plan: Plan,
+    given: Tokenizer | None,
+    recipe: Recipe,
+    say: Callable[[str], None],
 ) -> None:
-    if vocab_size < SMALLEST_VOCAB:
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small: the special tokens and 256 bytes "
-            f"need at least {SMALLEST_VOCAB}"
-        )
-    if not 0.0 <= val_fraction < 1.0:
-        raise ValueError(f"val_fraction={val_fraction} must lie in [0, 1)")
-    if seed < 0:
-        raise ValueError(f"seed={seed} must be an integer >= 0")
-    if not bad_lines >= 0:
-        raise ValueError(f"bad_lines={bad_lines} must be a share or a number >= 0")
-    if dedup not in ("none", "exact"):
-        raise ValueError(f"dedup={dedup!r} must be none or exact")
-    if workers < 0:
-        raise ValueError(f"workers={workers} must be >= 0 (0 means one per core)")
+    """Puts the tokenizer into the work folder, unless an earlier run did."""
+    path = work / "tokenizer.json"
+    if path.exists():
+        return
+    made = given or _train(plan, recipe.vocab_size, recipe.sample_bytes, say)
+    made.save(path)
 
 
 def _train(
@@ -188,17 +235,22 @@ def _train(
     return train_tokenizer(texts, vocab_size)
 
 
-def _run(work: Path, plan: Plan, workers: int) -> None:
+def _run(work: Path, plan: Plan, workers: int, executor: str) -> None:
     """Tokenises all parts that are not done."""
     run = uuid.uuid4().hex[:12]
     small = sum(source.bytes for source in plan.sources) <= _SMALL_BYTES
-    if workers == 1 or (workers == 0 and small):
+    cores = workers or len(os.sched_getaffinity(0))
+    if executor == "ray":
+        from jaxllm.data.executors import run_ray
+
+        run_ray(work, run, cores)
+    elif workers == 1 or (workers == 0 and small):
         for _ in tokenize_parts(work, run):
             pass
-        return
-    from jaxllm.data.executors import run_local
+    else:
+        from jaxllm.data.executors import run_local
 
-    run_local(work, run, workers or len(os.sched_getaffinity(0)))
+        run_local(work, run, cores)
 
 
 def _check_unchanged(plan: Plan) -> None:

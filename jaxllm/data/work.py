@@ -53,8 +53,13 @@ def existing_result(out: Path, plan: Plan, options: dict[str, Any]) -> Manifest 
 
 
 @contextmanager
-def work_folder(out: Path, plan: Plan, options: dict[str, Any]) -> Iterator[Path]:
+def work_folder(
+    out: Path, plan: Plan, options: dict[str, Any], *, keep: bool = False
+) -> Iterator[Path]:
     """Gives the hidden folder of the unfinished work, emptied if it is of another plan.
+
+    It is removed afterwards, unless it is to `keep`, or there was an error and parts
+    are done.
 
     Raises: ValueError if another process works in it.
     """
@@ -87,7 +92,8 @@ def work_folder(out: Path, plan: Plan, options: dict[str, Any]) -> Iterator[Path
             if not any((work / "parts").glob("*.json")):
                 shutil.rmtree(work, ignore_errors=True)
             raise
-    shutil.rmtree(work, ignore_errors=True)
+    if not keep:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _holds(path: Path, text: str) -> bool:
