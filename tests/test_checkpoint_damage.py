@@ -59,7 +59,7 @@ def test_arrays_swapped_for_another_steps_are_noticed_without_the_seal(folder):
     shutil.copytree(folder / "200" / "state", folder / "300" / "state")
     seal(folder / "300")
     restored = Checkpoints(folder).restore(abstract_state())
-    assert restored.step == 120
+    assert restored.step == 200
     assert "array opt/count arrived otherwise" in restored.skipped[0][1]
 
 
@@ -121,7 +121,7 @@ def test_an_explicit_damaged_step_is_not_replaced(folder):
 def test_a_run_that_fell_back_saves_the_damaged_step_again(folder):
     (folder / "300" / "SHA256SUMS").write_text("")
     checkpoints = Checkpoints(folder, keep=3)
-    assert checkpoints.restore(abstract_state()).step == 120
+    assert checkpoints.restore(abstract_state()).step == 200
     for step in (250, 300):
         checkpoints.save(step, make_state(step), {"step": step})
     checkpoints.wait()

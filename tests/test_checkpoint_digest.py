@@ -95,7 +95,8 @@ def test_any_changed_element_changes_every_lane(data):
         first = data.draw(st.integers(0, array.size - 1)) * dtype.itemsize
         # The lanes of the two halves of a 64-bit element are apart: change one half.
         width = min(4, dtype.itemsize)
-        flips = data.draw(st.integers(1, 256**width - 1))
+        one_bit = st.integers(0, 8 * width - 1).map(lambda bit: 1 << bit)
+        flips = data.draw(one_bit | st.integers(1, 256**width - 1))
         for i in range(width):
             raw[first + i] ^= flips >> 8 * i & 255
         changed = np.frombuffer(bytes(raw), dtype).reshape(shape)

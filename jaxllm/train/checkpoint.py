@@ -35,12 +35,14 @@ from jaxllm.train.manifest import (
     verify_arrays,
 )
 from jaxllm.train.processes import agree, from_first, is_first, one_line
-from jaxllm.train.seal import Damaged, forget_cached, seal, sync_folder
+from jaxllm.train.seal import forget_cached, seal, sync_folder
 from jaxllm.train.step_folders import (
     UNFINISHED,
     CheckpointError,
+    candidates,
     list_steps,
     make_unfinished,
+    newest_whole,
     prune,
     require_room,
     set_aside,
@@ -160,15 +162,11 @@ class Checkpoints:
 
         Raises: CheckpointError when there is none.
         """
-        reasons = []
-        for candidate in self._candidates(step):
-            try:
-                return read_manifest(self.folder / str(candidate), candidate)["meta"]
-            except (Damaged, OSError) as problem:
-                reasons.append((candidate, one_line(problem)))
-                if step is None:
-                    self._warn_of_damage(*reasons[-1])
-        raise self._nothing_left(reasons)
+        return newest_whole(
+            self.folder,
+            candidates(self.folder, step),
+            lambda folder, candidate: read_manifest(folder, candidate)["meta"],
+        )[1]
 
     def restore(self, abstract: dict, *, step: int | None = None) -> Restored:
         """Loads `step`, or without it the newest step that proves undamaged.
@@ -184,22 +182,13 @@ class Checkpoints:
         self._join()
         if self._failure:
             _warn("%s", self._failure)
-        self._damaged.clear()
-        skipped: list[tuple[int, str]] = []
-        for candidate in self._agreed_candidates(step):
-            folder = self.folder / str(candidate)
-            try:
-                state, meta = load_step(folder, candidate, abstract)
-            except Damaged as problem:
-                skipped.append((candidate, str(problem)))
-                if step is None:
-                    self._warn_of_damage(*skipped[-1])
-                    self._damaged.add(candidate)
-                continue
-            if skipped:
-                _warn("continuing from the older checkpoint %d", candidate)
-            return Restored(candidate, state, meta, skipped)
-        raise self._nothing_left(skipped)
+        chosen, (state, meta), skipped = newest_whole(
+            self.folder,
+            self._agreed_candidates(step),
+            lambda folder, candidate: load_step(folder, candidate, abstract),
+        )
+        self._damaged = {candidate for candidate, _ in skipped}
+        return Restored(chosen, state, meta, skipped)
 
     def read_arrays(self, prefix: str, *, step: int | None = None) -> tuple[int, dict]:
         """Reads some arrays onto the host, such as "params/": their step and the tree.
@@ -208,48 +197,23 @@ class Checkpoints:
 
         Raises: CheckpointError when no step has them undamaged.
         """
-        skipped: list[tuple[int, str]] = []
-        for candidate in self._candidates(step):
-            try:
-                folder = self.folder / str(candidate)
-                return candidate, load_arrays(folder, candidate, prefix)
-            except (Damaged, OSError) as problem:
-                skipped.append((candidate, one_line(problem)))
-                if step is None:
-                    self._warn_of_damage(*skipped[-1])
-        raise self._nothing_left(skipped)
+        return newest_whole(
+            self.folder,
+            candidates(self.folder, step),
+            lambda folder, candidate: load_arrays(folder, candidate, prefix),
+        )[:2]
 
     def _agreed_candidates(self, step: int | None) -> list[int]:
         # Listed by one for all: another process may not see the latest rename yet.
         problem, found = "", ""
         if is_first():
             try:
-                found = " ".join(map(str, self._candidates(step)))
+                found = " ".join(map(str, candidates(self.folder, step)))
             except CheckpointError as error:
                 problem = str(error)
         if problem := agree(problem):
             raise CheckpointError(problem)
         return [int(step) for step in from_first(found).split()]
-
-    def _candidates(self, step: int | None) -> list[int]:
-        steps = self.steps()
-        if step is None and steps:
-            return steps[::-1]
-        if step is None:
-            raise CheckpointError(f"there is no checkpoint in {self.folder}")
-        if step not in steps:
-            there = (
-                f"there are {', '.join(map(str, steps))}" if steps else "it is empty"
-            )
-            raise CheckpointError(f"no checkpoint {step} in {self.folder}: {there}")
-        return [step]
-
-    def _nothing_left(self, reasons: list[tuple[int, str]]) -> CheckpointError:
-        each = "; ".join(f"{step}: {reason}" for step, reason in reasons)
-        return CheckpointError(
-            f"no undamaged checkpoint in {self.folder} ({each}): restore the folder "
-            f"from a copy, or start anew in another one"
-        )
 
     def _make_ready(self, step: int, state: dict) -> None:
         """Prepares the folder for a save; one process does it for all.
@@ -271,10 +235,6 @@ class Checkpoints:
                 f"it is not above the newest, {newest}: restore that, or move it away"
             )
         require_room(self.folder, state_bytes(state))
-
-    def _warn_of_damage(self, step: int, reason: str) -> None:
-        damaged = "CHECKPOINT %d IN %s IS DAMAGED and is passed over: %s"
-        _warn(damaged, step, self.folder, reason)
 
     def _publish(self, step: int, manifest: dict) -> None:
         """Waits for Orbax, proves what it wrote, makes it visible, prunes."""

@@ -1,11 +1,21 @@
-"""The step folders of a run: listed, given room, set aside, pruned. Knows no arrays.
+"""The step folders of a run: listed, tried in turn, given room, set aside, pruned.
 
 Every change is one rename between a visible name, which is the plain step number, and
 one that `list_steps` does not take for a step: nothing half-made is ever visible.
 """
 
+import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from jaxllm.train.processes import is_first, one_line
+from jaxllm.train.seal import Damaged
+
+log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 UNFINISHED = ".unfinished"
 """Holds what is on its way in or out; whatever is in it may be deleted at a start."""
@@ -31,6 +41,52 @@ def list_steps(folder: Path) -> list[int]:
         raise CheckpointError(f"cannot list {folder}: {error}") from error
     digits = (name for name in names if name.isascii() and name.isdigit())
     return sorted(int(name) for name in digits if str(int(name)) == name)
+
+
+def candidates(folder: Path, step: int | None) -> list[int]:
+    """Returns the steps to try: `step` alone, or all, the newest first.
+
+    Raises: CheckpointError when there is none.
+    """
+    steps = list_steps(folder)
+    if step is None and not steps:
+        raise CheckpointError(f"there is no checkpoint in {folder}")
+    if step is None:
+        return steps[::-1]
+    if step not in steps:
+        there = f"there are {', '.join(map(str, steps))}" if steps else "it is empty"
+        raise CheckpointError(f"no checkpoint {step} in {folder}: {there}")
+    return [step]
+
+
+def newest_whole(
+    folder: Path, steps: list[int], read: Callable[[Path, int], Found]
+) -> tuple[int, Found, list[tuple[int, str]]]:
+    """Tries `read(step_folder, step)` on one step after the other.
+
+    Returns the first step that can be read, what was read, and which were passed over
+    and why, which is also said loudly.
+
+    Raises: CheckpointError naming each with its reason when none can be read.
+    """
+    skipped: list[tuple[int, str]] = []
+    for step in steps:
+        try:
+            found = read(folder / str(step), step)
+        except (Damaged, OSError) as problem:
+            skipped.append((step, one_line(problem)))
+            if len(steps) > 1 and is_first():
+                damaged = "CHECKPOINT %d IN %s IS DAMAGED and is passed over: %s"
+                log.warning(damaged, step, folder, skipped[-1][1])
+            continue
+        if skipped and is_first():
+            log.warning("continuing from the older checkpoint %d", step)
+        return step, found, skipped
+    each = "; ".join(f"{step}: {reason}" for step, reason in skipped)
+    raise CheckpointError(
+        f"no undamaged checkpoint in {folder} ({each}): restore it from a copy, "
+        f"or start anew in another one"
+    )
 
 
 def make_unfinished(folder: Path) -> None:
