@@ -7,16 +7,15 @@ run; the rest says what it learns from and how.
 This module imports neither JAX nor PyTorch, so that both trainers can read it.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxllm.compute import ComputeConfig
+from jaxllm.compute import Dtype as Dtype
 from jaxllm.fields import from_dict as from_dict
 from jaxllm.fields import require_choices, require_int
 from jaxllm.fields import to_json as to_json
-
-Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -98,64 +97,6 @@ class ModelConfig:
         layer = attention + 3 * d * f + 2 * d
         heads = 1 if self.tie_word_embeddings else 2
         return heads * self.vocab_size * d + self.n_layers * layer + d
-
-
-@dataclass(frozen=True)
-class ComputeConfig:
-    """How the network is computed. May differ between two starts of one run."""
-
-    param_dtype: Dtype = "float32"
-    """Dtype of the trained weights and of Adam's moments."""
-    compute_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of matrix products; auto is bfloat16 on a GPU that has it, else float32."""
-    residual_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = (
-        "auto"
-    )
-    """Dtype of the residual stream; auto follows the measured choice in docs."""
-    attention: Literal["auto", "plain", "cudnn"] = "auto"
-    """Attention kernel; auto is cuDNN for 16-bit on Ampere or newer, else plain."""
-    cross_entropy: Literal["auto", "plain", "chunked"] = "auto"
-    """Loss kernel; auto picks by backend and vocabulary."""
-    loss_chunk: int = 4096
-    """Tokens a chunk of the chunked loss."""
-    unroll: int = 0
-    """Decoder layers unrolled per loop turn; 0 is 1 on CPU and all of them on GPU."""
-    remat: Literal["none", "products", "layer"] = "none"
-    """What the backward pass recomputes: nothing; all but the matrix products; whole
-    layers. Later ones need less memory and more time."""
-    matmul_precision: Literal["default", "highest"] = "default"
-    """Precision of float32 matrix products on GPU; default may use TF32 there."""
-
-    def __post_init__(self):
-        require_choices("compute", self)
-        require_int("compute.loss_chunk", self.loss_chunk, at_least=1)
-        require_int("compute.unroll", self.unroll, at_least=0)
-
-    def resolve(
-        self, *, n_layers: int, platform: str = "cpu", compute_capability: float = 0.0
-    ) -> "ComputeConfig":
-        """Replaces every auto by the choice for a device.
-
-        `platform` is "cpu" or "gpu"; `compute_capability` is NVIDIA's (8.0 is Ampere).
-        """
-        ampere = platform == "gpu" and compute_capability >= 8.0
-        compute = self.compute_dtype
-        if compute == "auto":
-            compute = "bfloat16" if ampere else "float32"
-        residual = self.residual_dtype
-        if residual == "auto":
-            residual = "float64" if compute == "float64" else "float32"
-        half = compute in ("bfloat16", "float16")
-        attention = "cudnn" if ampere and half else "plain"
-        loss = "plain"
-        return dataclasses.replace(
-            self,
-            compute_dtype=compute,
-            residual_dtype=residual,
-            attention=attention if self.attention == "auto" else self.attention,
-            cross_entropy=loss if self.cross_entropy == "auto" else self.cross_entropy,
-            unroll=self.unroll or (n_layers if platform == "gpu" else 1),
-        )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxllm.config import ComputeConfig, ModelConfig
 from jaxllm.kernels.attention import attention
 from jaxllm.kernels.cross_entropy import logits
+from jaxllm.kernels.embedding import embed
+from jaxllm.kernels.layer import fused_layer
 
 Cache = dict[str, jax.Array]
 
@@ -142,7 +144,7 @@ class DecoderLayer(nnx.Module):
     """One pre-norm layer: attention, then feed-forward, each added to the stream."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
-        self.dropout = config.dropout
+        self.dropout, self.compute = config.dropout, compute
         self.attention = Attention(config, compute, rngs=rngs)
         self.feed_forward = MLP(config, compute, rngs=rngs)
         norm = functools.partial(
@@ -155,6 +157,9 @@ class DecoderLayer(nnx.Module):
         self, h_BTD, freqs_cos, freqs_sin, *, dropout_key=None, **attention_inputs
     ) -> tuple[jax.Array, Cache | None]:
         """Returns the residual stream after the layer, and the layer's cache."""
+        plain_rows = all(x is None for x in attention_inputs.values())
+        if self.compute.layer == "fused" and plain_rows and dropout_key is None:
+            return fused_layer(self, h_BTD, freqs_cos, freqs_sin), None
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         out_BTD, cache = self.attention(
             self.attention_norm(h_BTD), freqs_cos, freqs_sin, **attention_inputs
@@ -213,7 +218,10 @@ class Transformer(nnx.Module):
         """
         freqs_cos, freqs_sin = self._freqs_cis(tokens_BT, positions_BT)
         n_layers = self.config.n_layers
-        h_BTD = self.tok_embeddings(tokens_BT)
+        h_BTD = embed(
+            self.tok_embeddings.embedding[...], tokens_BT,
+            dtype=self.compute.residual_dtype, implementation=self.compute.embedding,
+        )  # fmt: skip
         keys = None
         if dropout_key is not None and self.config.dropout:
             first, rest = jax.random.split(dropout_key)
@@ -280,7 +288,10 @@ def _dropout(x, rate, key):
 
 
 def _rematerialised(body, compute: ComputeConfig):
-    if compute.remat == "none":
+    # The fused layer chooses by itself what to keep of a layer.
+    if compute.remat == "none" or (
+        compute.remat == "products" and compute.layer == "fused"
+    ):
         return body
     # Unrolled, XLA would merge the recomputation with the original and undo it.
     prevent_cse = compute.unroll > 1

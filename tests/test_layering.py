@@ -15,15 +15,18 @@ LONGEST_FILE = 330
 # A module may import from its own storey and from those below.
 STOREYS = (
     ("jaxllm.fields",),
+    ("jaxllm.compute",),
     ("jaxllm.config",),
     ("jaxllm.presets",),
     ("jaxllm.kernels", "jaxllm.data"),
     ("jaxllm.model",),
     ("jaxllm.convert", "jaxllm.generate"),
     ("jaxllm.train",),
+    ("jaxllm.plan",),
 )
 WITHOUT_JAX = (
     "jaxllm.fields",
+    "jaxllm.compute",
     "jaxllm.config",
     "jaxllm.presets",
     "jaxllm.convert",

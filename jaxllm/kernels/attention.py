@@ -4,8 +4,12 @@ B batch, T query position, S key position, N query heads, K key/value heads,
 G = N / K query heads per key/value head, H head dim.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from jaxllm.kernels.per_device import HEADS, ROWS, P, per_device
 
 
 def attention(
@@ -33,8 +37,12 @@ def attention(
                 "compute.attention=cudnn serves plain causal rows only: use "
                 "compute.attention=plain for decoding or isolated documents"
             )
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn"
+        rows = P(ROWS, None, HEADS, None)
+        flash = functools.partial(
+            jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+        )
+        return per_device(flash, in_specs=(rows, rows, rows), out_specs=rows)(
+            q_BTNH, k_BSKH, v_BSKH
         )
     assert implementation == "plain", implementation
     return _plain(q_BTNH, k_BSKH, v_BSKH, positions_BT, segment_ids_BT)

@@ -69,11 +69,13 @@ def build(config: RunConfig, mesh: Mesh, *, total_steps: int) -> Program:
     rows = batch_sharding(mesh)
 
     def train_step(state, batch):
-        return update_state(config, graphdef, state, batch, total_steps=total_steps)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return update_state(config, graphdef, state, batch, total_steps=total_steps)
 
     def eval_step(params, batch):
         micro = jax.tree.map(lambda x: x[0], batch)
-        loss_sum = summed_loss(graphdef, cast_matrices(params, compute), micro)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            loss_sum = summed_loss(graphdef, cast_matrices(params, compute), micro)
         return loss_sum, jnp.sum(micro["loss_mask"].astype(jnp.int32))
 
     return Program(
@@ -101,11 +103,29 @@ def build(config: RunConfig, mesh: Mesh, *, total_steps: int) -> Program:
     )
 
 
+def to_device(program: Program, batch: Batch, *, parts: int) -> Batch:
+    """Cuts host arrays (A B, T) into A = `parts` micro-batches and puts them in place.
+
+    Every process gives the whole batch, and keeps the rows of its own devices.
+    """
+
+    def put(x):
+        x = x.reshape(parts, -1, *x.shape[1:])
+        if jax.process_count() == 1:
+            return jax.device_put(x, program.batch_sharding)
+        return jax.make_array_from_callback(
+            x.shape, program.batch_sharding, lambda index: x[index]
+        )
+
+    return {name: put(x) for name, x in batch.items()}
+
+
 def resolve_compute(config: RunConfig, device: Any) -> ComputeConfig:
     """Decides every "auto" of the compute configuration for `device`."""
     capability = float(getattr(device, "compute_capability", 0.0) or 0.0)
     return config.compute.resolve(
         n_layers=config.model.n_layers,
+        vocab_size=config.model.vocab_size,
         platform=device.platform,
         compute_capability=capability,
     )
@@ -215,6 +235,9 @@ def cast_matrices(params: dict, compute: ComputeConfig) -> dict:
     Norm weights are tiny, and the embedding is gathered (and its gradient scattered)
     in the parameter dtype: bfloat16 scatter-adds lose sums and are slow.
     """
+
+    if compute.layer == "fused":  # folds the norms in before it casts
+        return params
 
     def leaf(path, x):
         return x.astype(compute.compute_dtype) if path[-1].key == "kernel" else x

@@ -1,0 +1,83 @@
+"""How the network is computed, and what is best on which device."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxllm.fields import require_choices, require_int
+
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the network is computed. May differ between two starts of one run."""
+
+    param_dtype: Dtype = "float32"
+    """Dtype of the trained weights and of Adam's moments."""
+    compute_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of matrix products; auto is bfloat16 on a GPU that has it, else float32."""
+    residual_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = (
+        "auto"
+    )
+    """Dtype of the residual stream; auto follows the measured choice in docs."""
+    attention: Literal["auto", "plain", "cudnn"] = "auto"
+    """Attention kernel; auto is cuDNN for 16-bit on Ampere or newer, else plain."""
+    layer: Literal["auto", "plain", "fused"] = "auto"
+    """Form of a decoder layer; fused has its norms folded into its products and its
+    backward pass written out. Rows with segments, dropout or a cache run plain."""
+    embedding: Literal["auto", "plain", "one_hot", "sorted", "rows"] = "auto"
+    """How the embedding's gradient is summed; auto picks by backend and vocabulary."""
+    cross_entropy: Literal["auto", "plain", "chunked"] = "auto"
+    """Loss kernel; auto picks by backend and vocabulary."""
+    loss_chunk: int = 4096
+    """Tokens a chunk of the chunked loss."""
+    unroll: int = 0
+    """Decoder layers unrolled per loop turn; 0 is 1 on CPU and all of them on GPU."""
+    remat: Literal["none", "products", "layer"] = "none"
+    """What the backward pass recomputes: nothing; all but the matrix products; whole
+    layers. Later ones need less memory and more time."""
+    matmul_precision: Literal["default", "highest"] = "default"
+    """Precision of float32 matrix products on GPU; default may use TF32 there."""
+
+    def __post_init__(self):
+        require_choices("compute", self)
+        require_int("compute.loss_chunk", self.loss_chunk, at_least=1)
+        require_int("compute.unroll", self.unroll, at_least=0)
+
+    def resolve(
+        self,
+        *,
+        n_layers: int,
+        vocab_size: int = 0,
+        platform: str = "cpu",
+        compute_capability: float = 0.0,
+    ) -> "ComputeConfig":
+        """Replaces every auto by the choice for a device.
+
+        `platform` is "cpu" or "gpu"; `compute_capability` is NVIDIA's (8.0 is Ampere).
+        """
+        ampere = platform == "gpu" and compute_capability >= 8.0
+        compute = self.compute_dtype
+        if compute == "auto":
+            compute = "bfloat16" if ampere else "float32"
+        residual = self.residual_dtype
+        if residual == "auto":
+            residual = "float64" if compute == "float64" else "float32"
+        half = compute in ("bfloat16", "float16")
+        attention = "cudnn" if ampere and half else "plain"
+        layer = "fused" if ampere and compute == "bfloat16" else "plain"
+        loss = "chunked" if platform == "gpu" else "plain"
+        embedding = "plain"
+        if platform == "gpu":
+            embedding = "one_hot" if vocab_size <= 8192 else "sorted"
+        return dataclasses.replace(
+            self,
+            compute_dtype=compute,
+            residual_dtype=residual,
+            attention=attention if self.attention == "auto" else self.attention,
+            layer=layer if self.layer == "auto" else self.layer,
+            embedding=embedding if self.embedding == "auto" else self.embedding,
+            cross_entropy=loss if self.cross_entropy == "auto" else self.cross_entropy,
+            unroll=self.unroll or (n_layers if platform == "gpu" else 1),
+        )

@@ -1,0 +1,1 @@
+"""What a training step will be on a GPU that is not there: compiled, then counted."""
