@@ -83,4 +83,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))  # 74: checkpoints cannot be saved
+    except KeyboardInterrupt:
+        sys.exit(130)

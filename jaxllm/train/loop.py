@@ -20,6 +20,7 @@ from jaxllm.train.run_folder import RunFolder, decide
 from jaxllm.train.sharding import make_mesh
 from jaxllm.train.step import Batch, State, to_device
 from jaxllm.train.step_folders import CheckpointError
+from jaxllm.train.stop import Stop
 
 
 def run(config: RunConfig) -> None:
@@ -41,13 +42,15 @@ def run(config: RunConfig) -> None:
             events.introduce(started)
             try:
                 state = restore_or_init(started, resuming=start == "continue")
-                state = train(started, state)
+                # Until here a signal ends the process: there is nothing to save yet.
+                with Stop() as stop:
+                    state = train(started, state, stop)
+                    finish(started, state)
             except BaseException:
                 # A save under way is worth more than a quick death.
                 with contextlib.suppress(CheckpointError):
                     started.checkpoints.close()
                 raise
-            finish(started, state)
 
 
 def restore_or_init(run: Run, *, resuming: bool) -> State:
@@ -75,14 +78,19 @@ def restore_or_init(run: Run, *, resuming: bool) -> State:
     return restored.state
 
 
-def train(run: Run, state: State) -> State:
-    """The step loop: fetch, step, and every so often log, save, evaluate, sample."""
+def train(run: Run, state: State, stop: Stop) -> State:
+    """The step loop: fetch, step, and every so often log, save, evaluate, sample.
+
+    Ends before the last step, with the state saved, when it is asked to stop.
+    """
     options, total = run.config.train, run.total_steps
     first = int(state["step"])
     if first == 0:
         # The initial weights, for comparisons, and proof that saving works here before
         # hours depend on it.
-        save(run, state, first)
+        if first not in run.checkpoints.steps():
+            run.checkpoints.save(first, state, describe(run))
+            run.checkpoints.wait()
         events.validate(run, state, first)
     run.meter.resume()
     for step, batch, n_tokens, waited in prefetched(run, first):
@@ -91,14 +99,17 @@ def train(run: Run, state: State) -> State:
         run.pending.append((n_tokens, metrics))
         done = step + 1
         last = done == total
+        stopping = stop.reached() and not last
         # Read one step late, so that the device is never left without work.
         if (step - 1) % options.log_every == 0 and step > first:
             events.log(run, step - 1, keep=1)
         if step == first:
             events.log(run, step)
-        if last or done % options.save_every == 0:
-            events.log(run, step, show=last)
+        if last or stopping or done % options.save_every == 0:
+            events.log(run, step, show=last or stopping)
             save(run, state, done)
+        if stopping:
+            break
         if last or _due(done, options.eval_every):
             events.validate(run, state, done)
         if last or _due(done, options.sample_every):
@@ -136,24 +147,40 @@ def prefetched(run: Run, first: int) -> Iterator[tuple[int, Batch, int, float]]:
 
 
 def save(run: Run, state: State, step: int) -> None:
-    """Starts a checkpoint of `step`; the writing goes on beside the training."""
+    """Starts a checkpoint of `step`; the writing goes on beside the training.
+
+    Training goes on without it too, if need be: the earlier ones are untouched, and the
+    next save may find the disk mended. What the run cannot end without is in `finish`.
+    """
     run.meter.pause()
-    run.checkpoints.save(step, state, describe(run))
+    # Twice, since the first call may only bring the news that an earlier save failed.
+    for _ in range(2):
+        try:
+            run.checkpoints.save(step, state, describe(run))
+            break
+        except CheckpointError as error:
+            run.console.say(f"WARNING: {error}")
+            run.failed_saves.append(str(error))
     run.meter.resume()
 
 
 def finish(run: Run, state: State) -> None:
-    """Waits for the last checkpoint, draws the plot, says what to do next."""
-    run.checkpoints.close()
+    """Waits for the last checkpoint, draws the plot, says what to do next.
+
+    Raises: CheckpointError when the last state could not be saved.
+    """
     step = int(state["step"])
+    keep_last(run, state, step)
     records = read_jsonl(run.folder.metrics)
     evaluated = [record for record in records if "val_bpb" in record]
+    finished = step == run.total_steps
     summary = {
-        "finished": True,
+        "finished": finished,
         "step": step,
         "parameters": run.config.model.n_params,
         "trained_s": round(run.meter.trained_s, 3),
         "skipped_steps": sum(record.get("skipped", 0) for record in records),
+        "failed_saves": run.failed_saves,
         "first_evaluation": evaluated[0] if evaluated else None,
         "last_evaluation": evaluated[-1] if evaluated else None,
         "versions": versions(),
@@ -161,6 +188,9 @@ def finish(run: Run, state: State) -> None:
     report.write_plot(run.folder)
     report.write_summary(run.folder, summary)
     say = run.console.say
+    if not finished:
+        say(f"stopped after step {step} of {run.total_steps}; everything is saved")
+        return say(f"continue:  {report.resume_command(run.folder)}")
     if len(evaluated) > 1:
         say(
             f"validation: {evaluated[0]['val_bpb']:.3f} -> "
@@ -168,6 +198,21 @@ def finish(run: Run, state: State) -> None:
         )
     say("the run's folder:\n" + "\n".join(report.contents(run.folder)))
     say("next:\n" + "\n".join(report.next_commands(run.folder, steps=step)))
+
+
+def keep_last(run: Run, state: State, step: int) -> None:
+    """Makes sure that the last state is on disk, by another save if the first failed.
+
+    Raises: CheckpointError when it cannot be.
+    """
+    try:
+        run.checkpoints.wait()
+    except CheckpointError as error:
+        run.console.say(f"WARNING: {error}")
+        run.failed_saves.append(str(error))
+    if step not in run.checkpoints.steps():
+        run.checkpoints.save(step, state, describe(run))
+    run.checkpoints.close()
 
 
 def _say_finished(console: Console, folder: RunFolder) -> None:

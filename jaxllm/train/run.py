@@ -35,6 +35,7 @@ class Run:
     total_steps: int
     meter: Meter = field(default_factory=Meter)
     pending: list[tuple[int, dict]] = field(default_factory=list)
+    failed_saves: list[str] = field(default_factory=list)
 
 
 def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -> Run:

@@ -27,6 +27,9 @@ class CheckpointError(ValueError):
     After a failed save the run may go on: no earlier step was touched.
     """
 
+    exit_code = 74
+    """What a program that ends with it exits with: EX_IOERR of sysexits.h."""
+
 
 def list_steps(folder: Path) -> list[int]:
     """Lists the steps in `folder`, ascending; none if there is no such folder.

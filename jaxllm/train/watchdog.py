@@ -1,0 +1,128 @@
+"""A watchdog for hangs: a step far beyond the usual time is reported, with all stacks.
+
+A dead peer, a stuck collective or a vanished file system shows as a step that never
+ends. Nothing in the program can mend that; it can say where it stands, and end, for the
+scheduler to start it again from the last checkpoint.
+"""
+
+import contextlib
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: try again later."""
+
+
+class Watchdog:
+    """Watches from a thread of its own that `beat` is called often enough.
+
+    A step may take `factor` times the median of the last ones, and `least_s` in any
+    case; before the first three steps are known, which includes compiling, nothing is
+    expected. Evaluations and saves happen under `paused`.
+    """
+
+    def __init__(
+        self,
+        *,
+        factor: float = 20.0,
+        least_s: float = 300.0,
+        exit_when_hung: bool = False,
+        report: Path | None = None,
+        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Writes the stacks to `report`, or to stderr; `exit_when_hung` then ends the
+        process with EXIT_CODE. A `least_s` of 0 watches nothing."""
+        self.factor = factor
+        self.least_s = least_s
+        self.exit_when_hung = exit_when_hung
+        self.report = report
+        self.say = say
+        self.clock = clock
+        self._usual_s: deque[float] = deque(maxlen=50)
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._step = -1
+        self._since: float | None = None
+        self._reported = False
+
+    def __enter__(self) -> "Watchdog":
+        if self.least_s > 0:
+            self._thread = threading.Thread(
+                target=self._watch, name="watchdog", daemon=True
+            )
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def beat(self, step: int) -> None:
+        """Notes that `step`, which is the index of its batch, begins."""
+        now = self.clock()
+        with self._lock:
+            if self._since is not None:
+                self._usual_s.append(now - self._since)
+            self._step, self._since, self._reported = step, now, False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Expects no step within."""
+        with self._lock:
+            self._since = None
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._since, self._reported = self.clock(), False
+
+    def limit_s(self) -> float | None:
+        """Seconds that a step may take by now, or None while that is not known."""
+        if len(self._usual_s) < 3:
+            return None
+        return max(self.least_s, self.factor * statistics.median(self._usual_s))
+
+    def check(self) -> bool:
+        """Reports a hang, once a step; returns whether there is one."""
+        with self._lock:
+            limit, since, step = self.limit_s(), self._since, self._step
+            if limit is None or since is None or self._reported:
+                return False
+            waited = self.clock() - since
+            if waited <= limit:
+                return False
+            self._reported = True
+            usual = statistics.median(self._usual_s)
+        self.say(
+            f"step {step} (batch {step}) has been running for {waited:.1f} s, the "
+            f"usual {usual:.2f} s: the stacks of all threads are in {self._dump()}"
+        )
+        if self.exit_when_hung:
+            self.say(f"exiting with code {EXIT_CODE}: start again to continue")
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)
+        return True
+
+    def _dump(self) -> str:
+        if self.report is not None:
+            with contextlib.suppress(OSError), self.report.open("a") as file:
+                file.write(f"step {self._step}, {time.strftime('%F %T')}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+                return str(self.report)
+        faulthandler.dump_traceback(2, all_threads=True)
+        return "stderr"
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self.least_s / 4)):
+            self.check()
