@@ -221,7 +221,8 @@ def train(config: RunConfig, args: argparse.Namespace) -> None:
         batch_size=config.train.batch_size, seed=config.data.seed,
         vocab_size=config.model.vocab_size,
     )  # fmt: skip
-    total = config.train.steps or config.train.epochs * batches.steps_per_epoch
+    rows = config.train.epochs * batches.n_rows
+    total = config.train.steps or math.ceil(rows / config.train.batch_size)
     model = make_model(
         config.model, dtype=args.dtype, device=device, sdpa=args.sdpa,
         seed=config.train.seed,

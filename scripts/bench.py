@@ -1,0 +1,430 @@
+#!/usr/bin/env python3
+"""Times jaxllm against the PyTorch reference, on random tokens, on this machine.
+
+    python scripts/bench.py --compare --cpu          2 CPU cores, some minutes
+    python scripts/bench.py --compare --shape A      a GPU
+    python scripts/bench.py --probe --shape A --budget_s 560
+    python scripts/bench.py --table                  docs/benchmarks.md from the records
+
+Needs no data and no installation: a checkout with jax, flax, numpy, torch and
+transformers will do. Every side runs in processes of its own, which take turns.
+"""
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_common import BATCHES, MARK, SHAPES, median, run_config  # isort: skip
+from bench_probe import JOBS  # isort: skip
+from bench_record import (  # isort: skip
+    RECORDS,
+    new_record,
+    nvidia_smi,
+    probe_table,
+    rates,
+    regenerate,
+    results_table,
+    write,
+)
+
+HERE = Path(__file__).resolve().parent
+
+
+class Failed(Exception):
+    """A worker that gave an error, died, or was too slow; the text says which."""
+
+
+class Worker:
+    """A process of bench_ours.py, bench_torch.py or one of the probes."""
+
+    def __init__(self, script: str, spec: dict[str, Any], env: dict[str, str]):
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / script), json.dumps(spec)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr,
+            text=True, env=env, cwd=HERE,
+        )  # fmt: skip
+        self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                self.answers.put(json.loads(line.removeprefix(MARK)))
+        self.answers.put(None)
+
+    def hear(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next answer; None at the end.
+
+        Raises: Failed if none comes in time, or the process broke down.
+        """
+        try:
+            answer = self.answers.get(timeout=max(timeout_s, 0.1))
+        except queue.Empty:
+            raise Failed(f"nothing within {timeout_s:.0f} s") from None
+        if answer is None and self.process.wait(30) != 0:
+            self.stderr.seek(0)
+            last = (self.stderr.read().strip().splitlines() or ["no message"])[-1]
+            raise Failed(f"exit code {self.process.returncode}: {last[:300]}")
+        return answer
+
+    def ask(self, do: str, timeout_s: float = 600, **arguments: Any) -> dict[str, Any]:
+        """Gives a command and waits for its answer.
+
+        Raises: Failed with the error that is the answer.
+        """
+        assert self.process.stdin is not None
+        try:
+            print(json.dumps({"do": do, **arguments}), file=self.process.stdin)
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died, and hear says of what
+        answer = self.hear(timeout_s)
+        if answer is None or "error" in answer:
+            raise Failed(answer["error"] if answer else "the process ended")
+        return answer
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.stderr):
+            if stream:
+                stream.close()
+
+
+class Bench:
+    """What all modes share: options, the record, and the clock."""
+
+    def __init__(self, args: argparse.Namespace, kind: str, caches: Path):
+        self.args, self.began = args, time.perf_counter()
+        self.gpu = not args.cpu and has_gpu()
+        self.path = Path(args.json) if args.json else None
+        self.record = new_record(kind, sys.argv[1:], args.shape)
+        self.record |= {
+            "errors": [], "versions": {}, "device_kind": "cpu",
+            "dtype": "bfloat16" if self.gpu else "float32",
+        }  # fmt: skip
+        self.env = environment(self.gpu, caches)
+        self.caches = caches
+
+    def left_s(self) -> float:
+        """Seconds until the budget is used up."""
+        return self.args.budget_s - (time.perf_counter() - self.began)
+
+    def start(self, side: str, **more: Any) -> Worker:
+        """Starts a worker, and waits until it is ready."""
+        spec = {
+            "shape": self.args.shape, "tokens": self.args.tokens,
+            "threads": self.args.threads, "compute": settings(self.args.set),
+            "device": "cuda" if self.gpu else "cpu",
+            "cache": str(self.caches / "jax"),
+            "dtype": self.record["dtype"], **more,
+        }  # fmt: skip
+        worker = Worker(f"bench_{side}.py", spec, self.env)
+        try:
+            worker.hear(180)
+        except Failed:
+            worker.__exit__()
+            raise
+        return worker
+
+    def note(self, worker: Worker, *, matmul: bool) -> None:
+        """Takes down versions, device and the measured matmul peak."""
+        about = worker.ask("describe", 120)
+        self.record["versions"] |= about["versions"]
+        if self.gpu:
+            self.record["device_kind"] = about["device_kind"]
+        if matmul:
+            rate = worker.ask("matmul", 120)["flops_per_s"]
+            known = self.record.get("matmul_flops_per_s") or 0.0
+            self.record["matmul_flops_per_s"] = max(rate, known)
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Keeps an error in the record, and goes on."""
+        text = f"{what}: {error}"
+        self.record["errors"].append(text)
+        print(f"  {text}", flush=True)
+
+    def save(self) -> None:
+        """Writes the record as far as it is."""
+        self.record["wall_s"] = round(time.perf_counter() - self.began, 1)
+        write(self.record, self.path)
+
+
+def sides(gpu: bool) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Who competes: name to (worker, its variant). The first is ours."""
+    ours: dict[str, tuple[str, dict[str, Any]]] = {"jaxllm": ("ours", {})}
+    compiled = {"compiled": True, "sdpa": "default"}
+    if gpu:
+        return ours | {
+            "torch.compile": ("torch", compiled),
+            "torch.compile, flash": ("torch", compiled | {"sdpa": "flash"}),
+        }
+    return ours | {
+        "torch eager": ("torch", compiled | {"compiled": False}),
+        "torch.compile": ("torch", compiled),
+    }
+
+
+def compare(bench: Bench) -> None:
+    """Finds each side's best batch, then lets the sides take turns at it."""
+    best: dict[str, dict[str, Any]] = {}
+    bench.record["sweep"] = []
+    for name, (side, variant) in sides(bench.gpu).items():
+        sweep(bench, name, side, variant, best)
+        bench.save()
+    if "jaxllm" not in best or len(best) < 2:
+        print("nothing to compare: see the errors above")
+        return
+    take_turns = turns_restarting if bench.gpu else turns_alive
+    take_turns(bench, best)
+    bench.save()
+    print("\n" + results_table(bench.record["results"]))
+
+
+def sweep(bench: Bench, name: str, side: str, variant: dict, best: dict) -> None:
+    """Times one side at each batch, briefly; keeps the fastest in `best`."""
+    blocks, steps = (3, 5) if bench.gpu else (2, 1)
+    try:
+        with bench.start(side, **variant) as worker:
+            bench.note(worker, matmul=True)
+            for batch in bench.args.batches:
+                if best.get(name) and bench.left_s() < 0.5 * bench.args.budget_s:
+                    break  # enough is left for the turns
+                built = worker.ask("build", bench.args.build_s, batch=batch)
+                bench.record["dtype"] = built["dtype"]  # ours decides, being first
+                took = worker.ask("time", blocks=blocks, steps=steps)
+                entry = {
+                    "name": name, "batch": batch, "ms": median(took["ms"]),
+                    "cold_s": built["first_step_s"], "settings": built["settings"],
+                    "peak_bytes": took["peak_bytes"],
+                }  # fmt: skip
+                bench.record["sweep"].append(entry)
+                each = entry["ms"] / batch
+                print(f"  {name}: {batch} rows, {entry['ms']:.1f} ms", flush=True)
+                if name not in best or each < best[name]["ms"] / best[name]["batch"]:
+                    best[name] = entry
+    except Failed as error:  # out of memory among others: what was timed counts
+        bench.fail(name, error)
+
+
+def turns_alive(bench: Bench, best: dict[str, dict[str, Any]]) -> None:
+    """On a CPU: all sides stay alive, and take one block each in every round."""
+    workers: dict[str, Worker] = {}
+    try:
+        for name, entry in list(best.items()):
+            side, variant = sides(bench.gpu)[name]
+            try:
+                workers[name] = bench.start(side, **variant)
+                built = workers[name].ask("build", 900, batch=entry["batch"])
+                entry["warm_s"] = built["first_step_s"]
+                workers[name].ask("time", blocks=1, steps=1)
+            except Failed as error:
+                bench.fail(name, error)
+                del best[name]
+        rounds: dict[str, list[float]] = {name: [] for name in best}
+        for number in range(bench.args.rounds or 12):
+            # Every other round the other way around, so that nobody is always first.
+            for name in list(best) if number % 2 == 0 else list(best)[::-1]:
+                took = workers[name].ask("time", blocks=1, steps=1)
+                rounds[name].append(took["ms"][0])
+                best[name] |= {"loss": took["loss"], "peak_bytes": took["peak_bytes"]}
+            summarise(bench, best, rounds)
+            bench.save()
+    finally:
+        for worker in workers.values():
+            worker.__exit__()
+
+
+def turns_restarting(bench: Bench, best: dict[str, dict[str, Any]]) -> None:
+    """On a GPU, which holds one side at a time: fresh processes take turns."""
+    rounds: dict[str, list[float]] = {name: [] for name in best}
+    for number in range(bench.args.rounds or 2):
+        if number and bench.left_s() < 120:
+            break
+        for name in list(best):
+            side, variant = sides(bench.gpu)[name]
+            try:
+                with bench.start(side, **variant) as worker:
+                    batch = best[name]["batch"]
+                    built = worker.ask("build", bench.args.build_s, batch=batch)
+                    best[name].setdefault("warm_s", built["first_step_s"])
+                    worker.ask("time", blocks=1, steps=5)
+                    took = worker.ask("time", blocks=6, steps=10)
+            except Failed as error:
+                bench.fail(name, error)
+                del best[name], rounds[name]
+                continue
+            rounds[name].append(median(took["ms"]))
+            best[name] |= {"loss": took["loss"], "peak_bytes": took["peak_bytes"]}
+            print(f"  {name}: {rounds[name][-1]:.1f} ms", flush=True)
+        summarise(bench, best, rounds)
+        bench.save()
+
+
+def summarise(bench: Bench, best: dict, rounds: dict[str, list[float]]) -> None:
+    """Turns rounds into results: medians, rates, and ours over theirs pair by pair."""
+    results = []
+    seq_len = SHAPES[bench.args.shape].max_seq_len
+    ours = [ms / best["jaxllm"]["batch"] for ms in rounds.get("jaxllm", [])]
+    for name, entry in best.items():
+        if not rounds[name]:
+            continue
+        ms = median(rounds[name])
+        tokens = entry["batch"] * seq_len
+        result = entry | rates(bench.record, tokens, ms, bench.record["dtype"])
+        result |= {"ms": ms, "rounds_ms": rounds[name], "tokens_per_step": tokens}
+        if name != "jaxllm":
+            pairs = [
+                theirs / entry["batch"] / mine
+                for mine, theirs in zip(ours, rounds[name], strict=False)
+            ]
+            result |= {"pair_ratios": pairs}
+            if pairs:
+                result["ours_over_this"] = median(pairs)
+        results.append(result)
+    bench.record["results"] = results
+
+
+def probe(bench: Bench) -> None:
+    """Runs the eight probes, each job a process; keeps every item as it comes."""
+    bench.record["items"] = []
+    wanted = bench.args.jobs or list(JOBS)
+    for job in wanted:
+        name, limit_s = JOBS[job]
+        if bench.left_s() < 15:
+            bench.fail(job, Failed("no time left in --budget_s"))
+            continue
+        until = time.perf_counter() + min(limit_s, bench.left_s())
+        print(f"{name}: {job}", flush=True)
+        spec = {
+            "job": job, "shape": bench.args.shape, "threads": bench.args.threads,
+            "device": "cuda" if bench.gpu else "cpu",
+        }  # fmt: skip
+        side = job.split("_")[1]
+        with Worker(f"bench_probe_{side}.py", spec, bench.env) as worker:
+            try:
+                while item := worker.hear(until - time.perf_counter()):
+                    bench.record["items"].append({"probe": name, "job": job, **item})
+                    bench.record["versions"] |= item.get("versions", {})
+                    if bench.gpu and "device" in item:
+                        bench.record["device_kind"] = item["device"]
+                    bench.save()
+            except Failed as error:
+                bench.fail(job, error)
+        items = [item for item in bench.record["items"] if item["job"] == job]
+        print(probe_table(items), flush=True)
+    bench.save()
+
+
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU to be used, without taking hold of it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    there = any(Path("/dev").glob("nvidia[0-9]*")) or nvidia_smi("name") is not None
+    return there and not hidden
+
+
+def environment(gpu: bool, caches: Path) -> dict[str, str]:
+    """The workers' environment: one GPU or none, and caches that begin empty."""
+    env = dict(os.environ)
+    env["TORCHINDUCTOR_CACHE_DIR"] = str(caches / "inductor")
+    env["TRITON_CACHE_DIR"] = str(caches / "triton")
+    if gpu:
+        visible = env.get("CUDA_VISIBLE_DEVICES", "0")
+        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+        env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    else:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        env["JAX_PLATFORMS"] = "cpu"
+    return env
+
+
+def settings(pairs: list[str]) -> dict[str, str]:
+    """Reads NAME=VALUE pairs.
+
+    Raises: ValueError for a text without "=".
+    """
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"--set {pair}: write NAME=VALUE, such as layer=plain")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(
+        prog="bench.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--compare", action="store_true", help="ours against PyTorch")
+    mode.add_argument("--probe", action="store_true", help="the parts of a step")
+    mode.add_argument("--table", action="store_true", help="write docs/benchmarks.md")
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, help="A: 215M, T 512. B: 259M, T 2048. small: 27M, "
+        "T 256. tiny: for tests. Default: A on a GPU, small on a CPU")  # fmt: skip
+    add("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+    add("--json", metavar="PATH", help=f"write the record there (kept ones: {RECORDS})")
+    add("--batches", type=int, nargs="+", metavar="ROWS",
+        help="rows of a step to choose the best from")  # fmt: skip
+    add("--rounds", type=int, default=0, help="turns of each side (CPU 12, GPU 2)")
+    add("--tokens", choices=("zipf", "uniform"), default="zipf", help="random ids")
+    add("--threads", type=int, default=0, help="CPUs to use; 0 (default): all")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE",
+        help="change jaxllm's compute configuration, such as layer=plain")  # fmt: skip
+    add("--jobs", nargs="+", choices=JOBS, help="only these jobs of --probe")
+    add("--budget_s", type=float, default=1800.0,
+        help="seconds after which nothing new is begun (default 1800)")  # fmt: skip
+    add("--build_s", type=float, default=300.0,
+        help="seconds that compiling one step may take (default 300)")  # fmt: skip
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one mode; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    if args.table:
+        print(f"docs/benchmarks.md: {regenerate()} records")
+        return 0
+    gpu = not args.cpu and has_gpu()
+    args.shape = args.shape or ("A" if gpu else "small")
+    args.batches = args.batches or list(BATCHES[args.shape][0 if gpu else 1])
+    try:
+        for batch in args.batches:
+            run_config(args.shape, batch, compute=settings(args.set))
+    except ValueError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"the machine is busy (load {load:.1f}): figures will be worse, and less")
+        print("fair to the side whose threads wait for one another")
+    with tempfile.TemporaryDirectory(prefix="bench-") as caches:
+        bench = Bench(args, "compare" if args.compare else "probe", Path(caches))
+        (compare if args.compare else probe)(bench)
+        if bench.path:
+            print(f"record: {bench.path}")
+    if args.compare:
+        return 0 if bench.record.get("results") else 1
+    return 0 if bench.record["items"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
