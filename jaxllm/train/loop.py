@@ -14,7 +14,7 @@ import jax
 from jaxllm.config import RunConfig
 from jaxllm.train import events, report
 from jaxllm.train.console import Console
-from jaxllm.train.metrics import append_jsonl, read_jsonl
+from jaxllm.train.metrics import read_jsonl, rewrite_jsonl
 from jaxllm.train.run import Run, describe, describe_data, prepare, versions
 from jaxllm.train.run_folder import RunFolder, decide
 from jaxllm.train.sharding import make_mesh
@@ -71,9 +71,7 @@ def restore_or_init(run: Run, *, resuming: bool) -> State:
             f"{restored.meta['total_steps']}: its learning-rate schedule is stretched"
         )
     # The log of steps that a fallback lost is written again.
-    kept = read_jsonl(run.folder.metrics, before_step=step)
-    run.folder.metrics.unlink(missing_ok=True)
-    append_jsonl(run.folder.metrics, kept)
+    rewrite_jsonl(run.folder.metrics, before_step=step)
     run.console.say(f"continuing from the checkpoint of step {step}")
     return restored.state
 

@@ -165,3 +165,12 @@ def read_jsonl(path: Path, *, before_step: int | None = None) -> list[dict[str, 
             if before_step is None or record.get("step", -1) < before_step:
                 records.append(record)
     return records
+
+
+def rewrite_jsonl(path: Path, *, before_step: int) -> None:
+    """Drops the records of steps from a limit on, all at once or not at all."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.unlink(missing_ok=True)
+    unfinished.touch()
+    append_jsonl(unfinished, read_jsonl(path, before_step=before_step))
+    unfinished.replace(path)
