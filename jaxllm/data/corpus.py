@@ -159,7 +159,8 @@ def submit(
         return submit_slurm(work, run, job, logs=logs, dry_run=True)
     with work_folder(out, plan, options, keep=True) as work:
         _make_tokenizer(work, plan, given, Recipe(**recipe), say)
-        return submit_slurm(work, run, job, logs=logs, dry_run=False)
+    # The folder is free again: the merging job takes it when the tasks have ended.
+    return submit_slurm(work, run, job, logs=logs, dry_run=False)
 
 
 def prepare_demo(

@@ -9,10 +9,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +59,9 @@ class TokenizeParts(PipelineStep):
         os.chdir(self.place)  # the inputs' paths are relative to it
         # One thread a worker: the parallelism is in the workers.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        parent = os.getppid()
         for counts in tokenize_parts(self.work, self.run_name):
             for key in ("documents", "tokens", "text_bytes", "empty"):
                 self.stat_update(key, value=counts[key])
-            if os.getppid() != parent:
-                raise SystemExit("the process that started this worker has ended")
         return None
 
 
@@ -76,7 +75,9 @@ class LocalExecutor(LocalPipelineExecutor):
         Raises: ValueError if a worker was killed.
         """
         context = get_context("spawn")
-        with ProcessPoolExecutor(self.workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(
+            self.workers, mp_context=context, initializer=_end_with_parent
+        ) as pool:
             tasks = [pool.submit(_run_rank, self, rank) for rank in range(self.tasks)]
             try:
                 stats = [task.result() for task in as_completed(tasks)]
@@ -87,6 +88,22 @@ class LocalExecutor(LocalPipelineExecutor):
                     f"goes on where it stopped)"
                 ) from None
         return sum(stats, start=PipelineStats())
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process that started it is gone, killed or not.
+
+    Left alone, the pool's workers would wait for a next task for ever.
+    """
+    parent = parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_rank(executor: LocalExecutor, rank: int) -> PipelineStats:
