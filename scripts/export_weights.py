@@ -52,9 +52,9 @@ class Export:
     """Checkpoint to export, in updates. None: the newest that is intact."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the exported weights. None: that in which they were trained."""
-    verify: bool | None = None
+    verify: bool = True
     """Open the folder with transformers, torch_ref or llama.cpp and compare it with the
-    run. None: yes, if they are installed; True: fail if they are not."""
+    run. Where those are not installed it is skipped, unless --verify was given."""
     pth: bool = False
     """Write a pickled state dict, model.pth, as well (k_model; needs torch)."""
     optimizer: bool = False
@@ -66,16 +66,17 @@ class Export:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and exports; returns the exit code."""
-    args = tyro.cli(Export, args=argv, description=__doc__)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = tyro.cli(Export, args=words, prog="export_weights.py", description=__doc__)
     try:
-        export(args)
+        export(args, must_verify="--verify" in words)
     except (ValueError, OSError) as error:
         print(f"export_weights.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def export(args: Export) -> None:
+def export(args: Export, *, must_verify: bool = False) -> None:
     """Writes, verifies and publishes one folder.
 
     Raises: ValueError for what the user can mend, and for an export that differs.
@@ -109,7 +110,9 @@ def export(args: Export) -> None:
             "versions": _versions(),
             "sha256": {p.name: file_sha256(p) for p in sorted(draft.iterdir())},
         }
-        report |= prove(draft, args, config, params, tokenizer, data)
+        report |= prove(
+            draft, args, config, params, tokenizer, data, must_verify=must_verify
+        )
         _describe(draft, args, config, target, data, report)
         failed = target.with_name(target.name + ".failed")
         if report["status"] == "failed":
@@ -158,15 +161,17 @@ def data_folders(run: Path, config: RunConfig) -> list[Path]:
     return [folder for folder in folders if (folder / "manifest.json").is_file()]
 
 
-def prove(draft, args: Export, config: RunConfig, params, tokenizer, data):
+def prove(
+    draft, args: Export, config: RunConfig, params, tokenizer, data, *, must_verify
+) -> dict[str, Any]:
     """Verifies the draft, or says why not: `status`, and what belongs to it."""
-    if args.verify is False:
+    if not args.verify:
         return {"status": "not verified", "reason": "--no-verify was given"}
     import verify_weights
 
     missing = verify_weights.missing_package(args.format)
     if missing:
-        if args.verify:
+        if must_verify:
             raise ValueError(
                 f"--verify needs {missing}: pip install 'jaxllm[torch,gguf]', or leave "
                 f"--verify out"

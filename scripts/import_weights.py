@@ -62,7 +62,9 @@ class Import:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and imports; returns the exit code."""
-    args = tyro.cli(Import, args=argv, description=__doc__)
+    args = tyro.cli(
+        Import, args=argv, prog="import_weights.py", description=__doc__
+    )  # fmt: skip
     try:
         import_weights(args)
     except (ValueError, OSError) as error:

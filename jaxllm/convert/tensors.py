@@ -127,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
     # The writer takes the bytes of a strided view in storage order, without a word.
-    dense = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    dense = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     save_file(dense, path, metadata={"format": "pt"})
     # The library makes it readable for its owner alone; its folder shall decide.
     path.chmod(path.parent.stat().st_mode & 0o666)

@@ -1,0 +1,316 @@
+"""import_weights.py: models that we did not design, and files better left closed."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from convert_cases import (
+    MODELS,
+    assert_same,
+    build_k_model,
+    logits_of,
+    our_logits,
+    relative,
+    script,
+    some_tokens,
+    trained_like,
+)
+
+from jaxllm.config import ModelConfig
+from jaxllm.convert import to_state_dict
+from jaxllm.convert.configs import k_model_config, llama_config
+from jaxllm.convert.folder import write_json
+from jaxllm.convert.tensors import write_tensors
+from jaxllm.data.tokenizer import train_tokenizer
+from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train.run_folder import RunFolder
+
+import_weights = script("import_weights")
+SMALL = MODELS["tied, 2 of 4 heads"]
+TOKENIZER = train_tokenizer(["import weights, and weights travel. " * 40], 300)
+
+
+def imported(run: Path) -> tuple[ModelConfig, dict]:
+    folder = RunFolder(run)
+    _, params = Checkpoints(folder.checkpoints).read_arrays("params/")
+    return folder.load_config().model, params
+
+
+def write_llama(folder: Path, config: ModelConfig = SMALL, dtype: str = "float32"):
+    folder.mkdir(parents=True, exist_ok=True)
+    params = trained_like(config, dtype=dtype)
+    write_json(folder / "config.json", llama_config(config, dtype=dtype))
+    write_tensors(folder, to_state_dict(params, config, format="llama"))
+    return params
+
+
+def refused(capsys, *args: object, out: Path) -> str:
+    """Runs the command, which must fail in one line and leave nothing behind."""
+    before = sorted(out.parent.iterdir())
+    capsys.readouterr()
+    assert import_weights.main([*map(str, args), "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("import_weights.py: ") and said.err.count("\n") == 1
+    assert sorted(out.parent.iterdir()) == before
+    return said.err
+
+
+# Drawn by transformers, not by us.
+FOREIGN = {
+    "untied, theta 500000, eps 1e-6, 5 heads of 48, 3 shards": dict(
+        hidden_size=160, intermediate_size=224, num_hidden_layers=3, head_dim=48,
+        num_attention_heads=5, num_key_value_heads=1, vocab_size=499,
+        rope_theta=500000.0, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    ),
+    "tied, all heads": dict(
+        hidden_size=96, intermediate_size=100, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=6, vocab_size=301,
+        tie_word_embeddings=True,
+    ),
+    "wide heads, grouped": dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=64,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size=333,
+        rope_theta=1e6, rms_norm_eps=1e-5, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_random_llamas_import_and_match_transformers(name, tmp_path):
+    torch.manual_seed(7)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**FOREIGN[name]))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)  # from 0.02 to weights that attend
+            else:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    size = sum(p.numel() * 4 for p in theirs.parameters())
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=size // 2)
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) >= 2
+    out = tmp_path / "run"
+    assert import_weights.main([str(tmp_path / "theirs"), "--out", str(out)]) == 0
+    config, params = imported(out)
+    tokens = some_tokens(config)
+    found = relative(our_logits(params, config, tokens), logits_of(theirs, tokens))
+    print(f"{name}: relative L2 {found:.1e}, gate 1e-5")
+    assert found < 1e-5
+    state = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    for key, tensor in to_state_dict(params, config, format="llama").items():
+        assert tensor.tobytes() == state[key].tobytes(), key
+
+
+def test_a_bfloat16_llama_widens_exactly_or_stays(tmp_path):
+    params = write_llama(tmp_path / "theirs", dtype="bfloat16")
+    source = str(tmp_path / "theirs")
+    assert import_weights.main([source, "--out", str(tmp_path / "wide")]) == 0
+    wide = imported(tmp_path / "wide")[1]
+    assert wide["norm"]["weight"].dtype == np.float32
+    back = import_weights.cast_tree(wide, "bfloat16")
+    assert_same(back, params)
+    args = [source, "--out", str(tmp_path / "same"), "--dtype", "bfloat16"]
+    assert import_weights.main(args) == 0
+    assert_same(imported(tmp_path / "same")[1], params)
+    run = RunFolder(tmp_path / "same").load_config()
+    assert run.compute.param_dtype == "bfloat16"
+
+
+def test_old_folders_with_rotary_buffers_import_unless_scaled(tmp_path, capsys):
+    folder = tmp_path / "old"
+    params = write_llama(folder)
+    tensors = dict(to_state_dict(params, SMALL, format="llama"))
+    frequencies = 10000.0 ** -(np.arange(0, 16, 2) / 16)
+    for scale in (1.0, 0.25):
+        for i in range(SMALL.n_layers):
+            name = f"model.layers.{i}.self_attn.rotary_emb.inv_freq"
+            tensors[name] = (scale * frequencies).astype(np.float32)
+        write_tensors(folder, tensors)
+        out = tmp_path / f"run{scale}"
+        if scale == 1.0:
+            assert import_weights.main([str(folder), "--out", str(out)]) == 0
+            assert_same(imported(out)[1], params)
+        else:
+            assert "inv_freq" in refused(capsys, folder, out=out)
+
+
+def test_k_models_import_from_folder_file_and_pickle(tmp_path, capsys):
+    folder = tmp_path / "k"
+    folder.mkdir()
+    params = trained_like(SMALL)
+    tensors = to_state_dict(params, SMALL, format="k_model")
+    model = build_k_model(tensors, SMALL)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    torch.save(model.state_dict(), folder / "model.pth")
+    TOKENIZER.save(folder / "tokenizer.json")
+    for i, path in enumerate((folder, folder / "model.safetensors")):
+        out = tmp_path / f"run{i}"
+        assert import_weights.main([str(path), "--out", str(out)]) == 0
+        assert_same(imported(out)[1], params)
+        assert (out / "tokenizer.json").exists()
+    path, out = folder / "model.pth", tmp_path / "pickled"
+    assert "--allow-pickle" in refused(capsys, path, out=out)
+    assert import_weights.main([str(path), "--out", str(out), "--allow-pickle"]) == 0
+    assert_same(imported(out)[1], params)
+    bf16 = model.bfloat16().state_dict()
+    torch.save(bf16, folder / "half.pth")
+    args = [str(folder / "half.pth"), "--out", str(tmp_path / "half")]
+    assert import_weights.main([*args, "--allow-pickle"]) == 0
+    expected = bf16["norm.weight"].float().numpy()
+    assert (imported(tmp_path / "half")[1]["norm"]["weight"] == expected).all()
+
+
+class Code:
+    """What unpickles into a call."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_holds_code_is_refused_and_nothing_runs(tmp_path, capsys):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    write_json(folder / "config.json", k_model_config(SMALL))
+    ran = tmp_path / "ran"
+    tensors = {"norm.weight": torch.ones(64), "x": Code(ran)}
+    torch.save(tensors, folder / "model.pth")
+    torch.save(tensors, folder / "trainer.pt")
+    said = refused(capsys, folder / "model.pth", "--allow-pickle", out=tmp_path / "out")
+    assert "code" in said
+    assert "code" in refused(capsys, folder, "--allow-pickle", out=tmp_path / "out")
+    assert "--allow-pickle" in refused(capsys, folder, out=tmp_path / "out")
+    assert not ran.exists()
+    for content in ([1, 2], {"norm.weight": 3.0}, {}):
+        torch.save(content, folder / "model.pth")
+        refused(capsys, folder / "model.pth", "--allow-pickle", out=tmp_path / "out")
+    (folder / "model.pth").write_bytes(b"\x80\x04not a pickle")
+    refused(capsys, folder / "model.pth", "--allow-pickle", out=tmp_path / "out")
+
+
+def _edit(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    write_json(path, json.loads(path.read_text()) | values)
+
+
+def _tensors(folder: Path, change) -> None:
+    tensors = dict(to_state_dict(trained_like(SMALL), SMALL, format="llama"))
+    change(tensors)
+    write_tensors(folder, tensors)
+
+
+def _set(name: str, value):
+    return lambda folder: _tensors(folder, lambda t: t.update({name: value(t[name])}))
+
+
+DAMAGE = {
+    "unknown architecture": (
+        lambda f: _edit(f, architectures=["MambaForCausalLM"], model_type="mamba"),
+        "mamba",
+    ),
+    "scaled rotary embedding": (
+        lambda f: _edit(f, rope_scaling={"type": "linear", "factor": 2.0}),
+        "rope_scaling",
+    ),
+    "biases": (lambda f: _edit(f, attention_bias=True), "attention_bias"),
+    "another activation": (lambda f: _edit(f, hidden_act="relu"), "hidden_act"),
+    "code to run": (lambda f: _edit(f, auto_map={"AutoModel": "x.Y"}), "auto_map"),
+    "no config.json": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "config.json is a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "config.json",
+    ),
+    "config.json is cut": (
+        lambda f: (f / "config.json").write_text('{"model_type": '),
+        "config.json",
+    ),
+    "more layers than weights": (
+        lambda f: _edit(f, num_hidden_layers=10**9),
+        "layers.3",
+    ),
+    "fewer layers than weights": (lambda f: _edit(f, num_hidden_layers=2), "layers.2"),
+    "another vocabulary": (lambda f: _edit(f, vocab_size=10**12), "embed_tokens"),
+    "untied without a head": (
+        lambda f: _edit(f, tie_word_embeddings=False),
+        "lm_head.weight",
+    ),
+    "truncated": (
+        lambda f: os.truncate(f / "model.safetensors", 5000),
+        "model.safetensors",
+    ),
+    "a missing tensor": (
+        lambda f: _tensors(f, lambda t: t.pop("model.norm.weight")),
+        "model.norm.weight",
+    ),
+    "an extra tensor": (
+        lambda f: _tensors(f, lambda t: t.update(bias=t["model.norm.weight"])),
+        "'bias'",
+    ),
+    "a wrong shape": (_set("model.norm.weight", lambda t: t[:-1]), "(63,)"),
+    "another dtype": (
+        _set("model.norm.weight", lambda t: t.astype(np.float16)),
+        "model.norm.weight",
+    ),
+    "integers": (
+        _set("model.norm.weight", lambda t: t.astype(np.int32)),
+        "model.norm.weight",
+    ),
+    "not a number": (
+        _set("model.norm.weight", lambda t: t * np.nan),
+        "model.norm.weight",
+    ),
+    "only a pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "pytorch_model.bin",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_bad_folders_are_refused_in_one_line_and_leave_nothing(
+    damage, tmp_path, capsys
+):
+    folder = tmp_path / "theirs"
+    write_llama(folder)
+    act, names = DAMAGE[damage]
+    act(folder)
+    assert names in refused(capsys, folder, out=tmp_path / "run")
+
+
+def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys):
+    folder, out = tmp_path / "theirs", tmp_path / "run"
+    write_llama(folder)
+    assert "nowhere" in refused(capsys, tmp_path / "nowhere", out=out)
+    (tmp_path / "notes.txt").write_text("x")
+    args = (tmp_path / "notes.txt", "--config", folder / "config.json")
+    assert "no .safetensors" in refused(capsys, *args, out=out)
+    big = train_tokenizer([" ".join(map(str, range(3000)))], 400)
+    big.save(tmp_path / "tokenizer.json")
+    args = (folder, "--tokenizer", tmp_path / "tokenizer.json")
+    assert "ids" in refused(capsys, *args, out=out)
+    said = refused(capsys, folder, "--data", tmp_path / "no", out=out)
+    assert "does not exist" in said
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert "exists" in refused(capsys, folder, out=out)
+
+
+def test_a_foreign_tokenizer_is_left_out_with_a_word(tmp_path, capsys):
+    folder = tmp_path / "theirs"
+    write_llama(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert import_weights.main([str(folder), "--out", str(tmp_path / "run")]) == 0
+    assert "without a tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+    shutil.rmtree(tmp_path / "run")
+    TOKENIZER.save(folder / "tokenizer.json")
+    assert import_weights.main([str(folder), "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "tokenizer.json").exists()
