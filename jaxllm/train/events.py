@@ -1,5 +1,6 @@
 """What happens every so many steps: log lines, evaluations, text samples."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -44,7 +45,15 @@ def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
     run.meter.stepped(sum(count for count, _ in taken), steps=len(taken))
     if show:
         records[-1] |= _show(run, step, records[-1])
-    append_jsonl(run.folder.metrics, records)
+    record(run, records)
+
+
+def record(run: Run, records: list[dict[str, Any]]) -> None:
+    """Appends to metrics.jsonl; a disk that takes no more of it does not end a run."""
+    try:
+        append_jsonl(run.folder.metrics, records)
+    except OSError as error:
+        run.console.say(f"WARNING: figures were not written: {error}")
 
 
 def _show(run: Run, step: int, record: dict[str, Any]) -> dict[str, float]:
@@ -81,7 +90,7 @@ def validate(run: Run, state: State, step: int) -> None:
         run.program, state["params"], run.val, run.token_bytes,
         max_rows=run.config.train.eval_rows,
     )  # fmt: skip
-    append_jsonl(run.folder.metrics, [{"step": step} | figures])
+    record(run, [{"step": step} | figures])
     run.console.say(
         f"validation after {step} steps: loss {figures['val_loss']:.3f}, "
         f"{figures['val_bpb']:.3f} bits per byte"
@@ -99,7 +108,10 @@ def sample(run: Run, state: State, step: int) -> None:
         sampling=Sampling(temperature=0.8, top_k=50, seed=step),
     )[0]  # fmt: skip
     text = f"sample after {step} steps: {run.tokenizer.decode(prompt + new)}"
-    with run.folder.samples.open("a", encoding="utf-8") as file:
+    with (
+        contextlib.suppress(OSError),  # it is in the log too
+        run.folder.samples.open("a", encoding="utf-8") as file,
+    ):
         file.write(text + "\n")
     run.console.say(text)
     run.meter.resume()
