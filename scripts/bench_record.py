@@ -1,5 +1,6 @@
 """The benchmark's records: JSON files, what they say of the machine, and the table."""
 
+import hashlib
 import json
 import os
 import platform
@@ -174,10 +175,20 @@ def _commit() -> str:
         commit = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--", "jaxllm", "torch_ref", "scripts")
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return f"unknown, {_source()}"
     if not commit:
-        return "unknown"
-    return commit + (" with changes" if changed else "")
+        return f"unknown, {_source()}"
+    return commit + (f" with changes, {_source()}" if changed else "")
+
+
+def _source() -> str:
+    """A digest of the code that was timed, for trees that no commit describes."""
+    digest = hashlib.sha256()
+    for room in ("jaxllm", "torch_ref", "scripts"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode())
+            digest.update(path.read_bytes())
+    return f"source sha256 {digest.hexdigest()[:12]}"
 
 
 def _machine() -> dict[str, Any]:

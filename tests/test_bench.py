@@ -87,6 +87,11 @@ def test_rates_are_those_of_the_formula():
     assert figures["of_measured_matmul"] == pytest.approx(0.6162, abs=1e-4)
 
 
+def test_a_record_names_the_code_it_timed():
+    commit = record.new_record("compare", [], "tiny")["commit"]
+    assert "source sha256 " in commit or len(commit) == 12
+
+
 def test_an_unknown_device_has_no_utilisation():
     made = record.new_record("compare", [], "tiny") | {"device_kind": "Radeon 9"}
     assert record.rates(made, 128, 1.0, "bfloat16")["mfu_half"] is None
@@ -246,6 +251,23 @@ def test_compare_runs_from_a_bare_checkout(bare, tmp_path):
     assert made["results"][1]["ours_over_this"] > 0
     assert made["versions"]["jax"] and made["versions"]["torch"]
     assert "**" in done.stdout
+
+
+@pytest.mark.slow
+def test_sides_that_take_turns_by_restarting_do_so(tmp_path):
+    """The way of a GPU, which does not hold both sides at once, on a CPU."""
+    argv = ["--compare", "--cpu", "--shape", "tiny", "--rounds", "2", "--threads", "1"]
+    args = bench.make_parser().parse_args([*argv, "--json", str(tmp_path / "r.json")])
+    started = bench.Bench(args, "compare", tmp_path)
+    best = {
+        name: {"name": name, "batch": 4, "cold_s": 1.0, "ms": 1.0}
+        for name in ("jaxllm", "torch eager")
+    }
+    bench.turns_restarting(started, best)
+    made = json.loads((tmp_path / "r.json").read_text())
+    assert made["errors"] == []
+    assert [len(result["rounds_ms"]) for result in made["results"]] == [2, 2]
+    assert len(made["results"][1]["pair_ratios"]) == 2
 
 
 @pytest.mark.slow
