@@ -19,10 +19,10 @@ def demo() -> RunConfig:
             max_seq_len=256,
         ),  # fmt: skip
         optim=OptimConfig(
-            learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=20
+            learning_rate=1.5e-3, min_learning_rate=1.5e-4, warmup_steps=40
         ),
         train=TrainConfig(
-            batch_size=8, steps=300, log_every=10, eval_every=100, eval_rows=64,
+            batch_size=8, steps=200, log_every=10, eval_every=100, eval_rows=64,
             sample_every=100, save_every=100, when_finished="again",
         ),  # fmt: skip
     )  # fmt: skip
