@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxllm.data import tokenizer as module
 from jaxllm.data.tokenizer import (
     BEGIN_ID,
     END_ID,
@@ -78,6 +79,41 @@ def test_any_text_comes_back_and_holds_no_special_id(loaded, text):
     assert loaded.decode(ids) == text
     assert all(i >= len(SPECIAL_TOKENS) for i in ids)
     assert int(loaded.token_bytes()[ids].sum()) == len(text.encode())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.text(
+                "ab1'st \n\t\r\u3000\x1c\x85\xa0.,\u4e2d\u6587\u3002\uff0c", max_size=30
+            ),
+            st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+        )
+    ).map("".join)
+)
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(loaded, text):
+    """Cut at every place where it may be, the tokens stay."""
+    whole = loaded.inner.encode(text, add_special_tokens=False).ids
+    places = [match.start() for match in module._CUT.finditer(text)]
+    pieces = [text[a:b] for a, b in zip([0, *places], [*places, None], strict=True)]
+    assert sum((loaded.encode(piece) for piece in pieces), []) == whole
+
+
+def test_long_texts_among_short_ones_keep_their_places(loaded, monkeypatch):
+    texts = [
+        "short",
+        "some words \n and more, " * 40,
+        "",
+        "x" * 500,
+        "\u4e2d\uff0c" * 90,
+    ]
+    whole = [e.ids for e in loaded.inner.encode_batch(texts, add_special_tokens=False)]
+    monkeypatch.setattr(module, "_LONG", 50)
+    found = loaded.encode_documents(texts)
+    assert found[:3] + found[4:] == whole[:3] + whole[4:]
+    assert [loaded.decode(ids) for ids in found] == texts
+    assert [len(p) for p in module._pieces("x" * 500)] == [200, 200, 100]
 
 
 def test_a_loaded_tokenizer_is_the_saved_one(tokenizer, loaded):

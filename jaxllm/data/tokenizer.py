@@ -6,8 +6,11 @@ the ids BEGIN_ID and END_ID, which only the corpus writer and the prompt writer 
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,17 @@ SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 # What a foreign tokenizer tends to change: case, unicode form, spaces, line ends.
 _PROBE = (
     " Aa  b\r\n\t\u00e9e\u0301\ufb01 \u4e2d\u6587 \U0001f600\x00<s></s><|im_end|> \n"
+)
+
+
+_LONG = 1 << 17
+"""Characters beyond which a text is encoded in pieces: a tokenizer needs 200 bytes of
+memory for each byte of what it encodes at once."""
+# Between a visible character and a space, and between a Han character and its stop, the
+# GPT-2 pattern always ends a word, and looks no further back: cutting there changes no
+# token. (Behind a space it would.)
+_CUT = re.compile(
+    "(?<=\\S)(?=[ \\n])|(?<=[\u4e00-\u9fff])(?=[\uff0c\u3002\uff01\uff1f\uff1b\u3001])"
 )
 
 
@@ -51,6 +65,8 @@ class Tokenizer:
         inner.no_padding()
         self.inner = inner
         self._text = text
+        pre = json.loads(text).get("pre_tokenizer") or {}
+        self._cuts = pre.get("type") == "ByteLevel" and pre.get("use_regex", True)
         self._check(name)
 
     def _check(self, name: str) -> None:
@@ -122,11 +138,23 @@ class Tokenizer:
         return self.encode_documents([text])[0]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes many texts at once, on the threads TOKENIZERS_PARALLELISM allows."""
-        try:
-            encodings = self.inner.encode_batch_fast(
-                list(texts), add_special_tokens=False
+        """Encodes many texts at once, on the threads TOKENIZERS_PARALLELISM allows.
+
+        Long texts are encoded in pieces, with the same result, save that a run of half
+        a million characters without any space is cut.
+        """
+        long = {i: t for i, t in enumerate(texts) if self._cuts and len(t) > _LONG}
+        short = ["" if i in long else text for i, text in enumerate(texts)]
+        encoded = self._encode(short)
+        for i, text in long.items():
+            encoded[i] = list(
+                chain.from_iterable(self._encode([p])[0] for p in _pieces(text))
             )
+        return encoded
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        try:
+            encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:
             # A lone surrogate reaches us as "must be str".
             raise ValueError(
@@ -150,6 +178,18 @@ class Tokenizer:
         for i, token in self.inner.get_added_tokens_decoder().items():
             lengths[i] = 0 if token.special else len(token.content.encode())
         return lengths
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _LONG:
+        stop = start + 4 * _LONG
+        match = _CUT.search(text, start + _LONG, stop)
+        end = match.start() if match else stop
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
