@@ -217,7 +217,8 @@ def _rotate(x_BTNH, freqs_cos, freqs_sin):
     """Rotates interleaved pairs (a, b) to (a cos - b sin, b cos + a sin)."""
     pairs = x_BTNH.reshape(*x_BTNH.shape[:-1], -1, 2)
     cos = freqs_cos[:, :, None, :, None]
-    sin = freqs_sin[:, :, None, :, None] * jnp.array([-1, 1], freqs_sin.dtype)
+    signs_2 = jnp.array([-1, 1], freqs_sin.dtype)
+    sin = freqs_sin[:, :, None, :, None] * signs_2[None, None, None, None]
     return (pairs * cos + pairs[..., ::-1] * sin).reshape(x_BTNH.shape)
 
 
