@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Writes text with a trained run: python scripts/generate.py RUN --prompt "import " """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import command_line
 import tyro
 
 
@@ -77,7 +77,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command_line.run(lambda: main(command_line.parse(Arguments)))

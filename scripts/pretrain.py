@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+import command_line
+
 from jaxllm.config import RunConfig
 from jaxllm.presets import PRESETS, preset
 
@@ -27,10 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: list[str]) -> RunConfig:
     """Builds the run's configuration.
 
-    Raises: ValueError for an unknown preset or a bad value; SystemExit from --help.
+    Raises: ValueError for an unknown preset; SystemExit for --help and bad values.
     """
-    import tyro
-
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     base = preset(name or "demo")
     if name is None and "--resume" in argv and not {"-h", "--help"} & set(argv):
@@ -41,7 +41,7 @@ def parse(argv: list[str]) -> RunConfig:
             base = replace(folder.load_config(), out=str(folder.path))
     presets = "\n".join(f"  {n}: {_first_words(n)}" for n in PRESETS)
     # Every leaf field is a flag of its own; a dataclass as a whole is not.
-    return tyro.cli(
+    return command_line.parse(
         RunConfig,
         args=argv,
         default=underived(replace(base, resume=False, fresh=False)),
@@ -80,10 +80,4 @@ def _first_words(name: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 1))  # 74: checkpoints cannot be saved
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command_line.run(main)
