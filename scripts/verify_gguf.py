@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from verify_weights import Logits, Text, padded, same_tokenizer
+from verify_weights import NEW_TOKENS, Logits, Text, padded, same_tokenizer
 
 from jaxllm.convert.compare import check_greedy
 from jaxllm.convert.gguf_file import read_gguf
@@ -67,7 +67,7 @@ def with_llama_cpp(
     ]
     results = []
     for row in tokens:
-        new = said(row[:prompt], len(row) - prompt)["tokens"]
+        new = said(row[:prompt], min(NEW_TOKENS, len(row) - prompt))["tokens"]
         both = np.array([[*row[:prompt], *new]])
         scored = ours(padded(both, len(row)))[:, : both.shape[1]]
         results.append(check_greedy(scored, both, prompt=prompt, noise=3 * noise))

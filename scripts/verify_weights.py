@@ -7,6 +7,7 @@ folder computes what the run computes; 2, with one line that says what differs, 
 does not, or that nothing could be compared.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -40,6 +41,9 @@ NASTY = ("a\r\nb\r \x00 \ufeff<|im_start|>user<|im_end|></s> "
 
 ROWS = 8
 """Stretches that are compared, and prompts that are continued."""
+
+NEW_TOKENS = 64
+"""Length in tokens of a greedy continuation."""
 
 Logits = Callable[[np.ndarray], np.ndarray]
 
@@ -96,23 +100,31 @@ def missing_package(format: Format) -> str | None:
 
 def our_logits(params: dict[str, Any], config: ModelConfig) -> Logits:
     """Our network in float32: a function from ids (B, T) to logits (B, T, V)."""
-    compute = ComputeConfig(compute_dtype="float32", residual_dtype="float32")
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float32), params)
+
+    def logits(tokens_BT: np.ndarray) -> np.ndarray:
+        rows = [_forward(config)(wide, jnp.asarray(row[None])) for row in tokens_BT]
+        return np.concatenate([np.asarray(row) for row in rows])
+
+    return logits
+
+
+@functools.cache
+def _forward(config: ModelConfig) -> Callable[..., jax.Array]:
+    compute = ComputeConfig(
+        compute_dtype="float32", residual_dtype="float32", matmul_precision="highest"
+    )
     compute = compute.resolve(n_layers=config.n_layers)  # plain forms, as on a CPU
     graphdef, _ = nnx.split(
         nnx.eval_shape(lambda: Transformer(config, compute, rngs=nnx.Rngs(0)))
     )
-    wide = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float32), params)
 
     @jax.jit
     def forward(params, tokens_BT):
-        return nnx.merge(graphdef, params)(tokens_BT)
-
-    def logits(tokens_BT: np.ndarray) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
-            rows = [forward(wide, jnp.asarray(row[None])) for row in tokens_BT]
-        return np.concatenate([np.asarray(row) for row in rows])
+            return nnx.merge(graphdef, params)(tokens_BT)
 
-    return logits
+    return forward
 
 
 def _bits(folder, params, config, format) -> dict[str, Any]:
@@ -207,7 +219,7 @@ def _with_k_model(folder, ours, text) -> list[dict[str, Any]]:
     return [opened, *_with_torch(model, greedy, ours, text, prompts=2, new=16)]
 
 
-def _with_torch(model, greedy, ours, text, *, prompts=ROWS, new=WINDOW):
+def _with_torch(model, greedy, ours, text, *, prompts=ROWS, new=NEW_TOKENS):
     import torch
 
     tokens = text.tokens_BT

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import transformers
 from flax import nnx
@@ -112,6 +113,16 @@ def some_tokens(config: ModelConfig, seed: int = 1) -> np.ndarray:
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Keeps PyTorch from waiting for threads that a busy machine does not run: these
+    models are too small to be worth more than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def script(name: str) -> Any:

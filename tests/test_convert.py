@@ -18,6 +18,7 @@ from convert_cases import (
     build_k_model,
     build_llama,
     logits_of,
+    one_thread,  # noqa: F401
     our_logits,
     relative,
     some_tokens,

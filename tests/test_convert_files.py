@@ -11,7 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from convert_cases import MODELS, assert_same, trained_like
+from convert_cases import (
+    MODELS,
+    assert_same,
+    one_thread,  # noqa: F401
+    trained_like,
+)
 
 from jaxllm.convert import from_state_dict, to_state_dict
 from jaxllm.convert.configs import llama_config

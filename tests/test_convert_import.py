@@ -14,6 +14,7 @@ from convert_cases import (
     assert_same,
     build_k_model,
     logits_of,
+    one_thread,  # noqa: F401
     our_logits,
     relative,
     script,

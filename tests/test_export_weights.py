@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from convert_cases import MODELS, assert_same, our_logits, script, trained_like
+from convert_cases import (
+    MODELS,
+    assert_same,
+    one_thread,  # noqa: F401
+    our_logits,
+    script,
+    trained_like,
+)
 
 from jaxllm.config import ComputeConfig, DataConfig, ModelConfig, RunConfig
 from jaxllm.convert import from_state_dict, names
