@@ -1,9 +1,10 @@
 """Kills a training run at random moments, very often, and looks what becomes of it.
 
-kill_many_runs.py KILLS [SEED]: starts the run of run_worker.py with a checkpoint every
-step or two, kills it at a random moment by SIGKILL, and starts it again with the same
-arguments, until it ends; then the next run. Each one's final state and losses must be
-those of a run that was left alone. Prints one JSON line.
+kill_many_runs.py KILLS [SEED [MINUTES]]: starts the run of run_worker.py with a
+checkpoint every other step, kills it at a random moment by SIGKILL, and starts it again
+with the same arguments, until it ends; then the next run, until there were KILLS, or
+the time is over. Each run's final state and losses must be those of a run that was left
+alone. Prints one JSON line.
 
 Every run is forked from this process, which has imported all and started nothing.
 """
@@ -52,7 +53,8 @@ def outcome(out: Path) -> tuple[dict, dict]:
     return {path: a["digest"] for path, a in arrays.items()}, losses
 
 
-def main(kills: int, seed: int = 0) -> dict:
+def main(kills: int, seed: int = 0, minutes: int = 10**6) -> dict:
+    deadline = time.monotonic() + 60 * minutes
     rng = random.Random(seed)
     report: Counter = Counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -71,12 +73,13 @@ def main(kills: int, seed: int = 0) -> dict:
             expected = outcome(whole)
             os.rename(whole, Path(scratch, f"whole-{time.monotonic_ns()}"))
         run, newest = 0, -1
-        while report["killed"] < kills or newest >= 0:
+        while True:
             out = Path(scratch, f"run-{run}")
             process = fork_run(out, data)
             end = time.monotonic() + rng.uniform(0, 0.8 * seconds)
             done = 0
-            while not done and (report["killed"] >= kills or time.monotonic() < end):
+            enough = report["killed"] >= kills or time.monotonic() > deadline
+            while not done and (enough or time.monotonic() < end):
                 done, status = os.waitpid(process, os.WNOHANG)
                 time.sleep(0.002)
             if not done:
@@ -93,7 +96,7 @@ def main(kills: int, seed: int = 0) -> dict:
             assert outcome(out) == expected, "the end is another one"
             report["runs ended equal"] += 1
             run, newest = run + 1, -1
-            if report["killed"] >= kills:
+            if enough:
                 break
     return dict(report)
 

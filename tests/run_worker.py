@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,8 +38,8 @@ def write_data(folder: Path) -> Path:
     return folder / "shards"
 
 
-def tiny(out: str, data: str, **train) -> RunConfig:
-    rhythm = dict(
+def tiny(out: str, data: str, **train: Any) -> RunConfig:
+    rhythm: dict[str, Any] = dict(
         batch_size=8, steps=STEPS, log_every=20, eval_every=0, sample_every=0,
         save_every=4, sample_tokens=1, eval_rows=8, keep=2,
     )  # fmt: skip

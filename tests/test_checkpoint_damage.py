@@ -63,6 +63,17 @@ def test_arrays_swapped_for_another_steps_are_noticed_without_the_seal(folder):
     assert "array opt/count arrived otherwise" in restored.skipped[0][1]
 
 
+def test_a_changed_manifest_is_noticed_without_the_seal(folder):
+    file = folder / "300" / "meta" / "metadata"
+    manifest = json.loads(file.read_text())
+    manifest["meta"]["step"] = 301
+    file.write_text(json.dumps(manifest))
+    seal(folder / "300")
+    restored = Checkpoints(folder).restore(abstract_state())
+    reason = "file meta/metadata differs from the manifest that was written"
+    assert (restored.step, restored.skipped) == (200, [(300, reason)])
+
+
 @pytest.mark.parametrize("source", ["200", "100"])
 def test_a_renamed_step_is_noticed(folder, source):
     shutil.rmtree(folder / "300")

@@ -36,6 +36,7 @@ def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
         return
     # Waits for the devices to finish the newest of these steps.
     figures = jax.device_get([metrics for _, metrics in taken])
+    run.watchdog.beat(step)
     records: list[dict[str, Any]] = []
     for index, one in enumerate(figures, start=step - len(taken) + 1):
         values = {name: value.item() for name, value in one.items()}

@@ -44,7 +44,8 @@ def run(config: RunConfig) -> None:
                 state = restore_or_init(started, resuming=start == "continue")
                 # Until here a signal ends the process: there is nothing to save yet.
                 with Stop() as stop:
-                    state = train(started, state, stop)
+                    with started.watchdog:
+                        state = train(started, state, stop)
                     finish(started, state)
             except BaseException:
                 # A save under way is worth more than a quick death.
@@ -105,13 +106,16 @@ def train(run: Run, state: State, stop: Stop) -> State:
             events.log(run, step)
         if last or stopping or done % options.save_every == 0:
             events.log(run, step, show=last or stopping)
-            save(run, state, done)
+            with run.watchdog.paused():
+                save(run, state, done)
         if stopping:
             break
         if last or _due(done, options.eval_every):
-            events.validate(run, state, done)
+            with run.watchdog.paused():
+                events.validate(run, state, done)
         if last or _due(done, options.sample_every):
-            events.sample(run, state, done)
+            with run.watchdog.paused():
+                events.sample(run, state, done)
     return state
 
 

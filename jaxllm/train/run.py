@@ -17,6 +17,7 @@ from jaxllm.train.console import Console
 from jaxllm.train.metrics import Meter
 from jaxllm.train.run_folder import RunFolder, write_atomically
 from jaxllm.train.step import Program, build
+from jaxllm.train.watchdog import Watchdog
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Run:
     token_bytes: np.ndarray
     checkpoints: Checkpoints
     total_steps: int
+    watchdog: Watchdog
     meter: Meter = field(default_factory=Meter)
     pending: list[tuple[int, dict]] = field(default_factory=list)
     failed_saves: list[str] = field(default_factory=list)
@@ -63,6 +65,7 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
             folder.checkpoints, keep=config.train.keep,
             keep_every=config.train.keep_every,
         ),
+        watchdog=Watchdog(report=folder.stacks, say=console.say),
     )  # fmt: skip
 
 

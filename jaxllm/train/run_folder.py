@@ -6,6 +6,7 @@ data/            token shards of the demo corpus, where the run made its own
 checkpoints/     one folder a step
 cache/           compiled programs
 train.log        the log lines; metrics.jsonl every step's figures; samples.txt
+stacks.txt       where every thread stood, if the run ever hung
 loss.png         the loss curve
 summary.json     written last: how the run ended
 archive/N/       an earlier run of the same name, set aside whole
@@ -51,6 +52,7 @@ class RunFolder:
         self.log = self.path / "train.log"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.txt"
+        self.stacks = self.path / "stacks.txt"
         self.plot = self.path / "loss.png"
         self.summary = self.path / "summary.json"
 

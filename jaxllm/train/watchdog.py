@@ -1,4 +1,4 @@
-"""A watchdog for hangs: a step far beyond the usual time is reported, with all stacks.
+"""A watchdog for hangs: a silence far beyond the usual is reported, with all stacks.
 
 A dead peer, a stuck collective or a vanished file system shows as a step that never
 ends. Nothing in the program can mend that; it can say where it stands, and end, for the
@@ -23,9 +23,11 @@ EXIT_CODE = 75
 class Watchdog:
     """Watches from a thread of its own that `beat` is called often enough.
 
-    A step may take `factor` times the median of the last ones, and `least_s` in any
-    case; before the first three steps are known, which includes compiling, nothing is
-    expected. Evaluations and saves happen under `paused`.
+    A beat is a moment at which the devices are known to have come as far as a step, not
+    at which one was dispatched. It may be `factor` times the usual interval away (the
+    median of the last ones), and `least_s` in any case; before three intervals are
+    known, the first of which includes compiling, nothing is expected. Evaluations and
+    saves happen under `paused`.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Watchdog:
             self._thread.join()
 
     def beat(self, step: int) -> None:
-        """Notes that `step`, which is the index of its batch, begins."""
+        """Notes that `step`, which is the index of its batch too, has ended."""
         now = self.clock()
         with self._lock:
             if self._since is not None:
@@ -77,7 +79,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Expects no step within."""
+        """Expects no beat within."""
         with self._lock:
             self._since = None
         try:
@@ -87,7 +89,7 @@ class Watchdog:
                 self._since, self._reported = self.clock(), False
 
     def limit_s(self) -> float | None:
-        """Seconds that a step may take by now, or None while that is not known."""
+        """Seconds between two beats to accept by now, or None before that is known."""
         if len(self._usual_s) < 3:
             return None
         return max(self.least_s, self.factor * statistics.median(self._usual_s))
@@ -104,8 +106,9 @@ class Watchdog:
             self._reported = True
             usual = statistics.median(self._usual_s)
         self.say(
-            f"step {step} (batch {step}) has been running for {waited:.1f} s, the "
-            f"usual {usual:.2f} s: the stacks of all threads are in {self._dump()}"
+            f"nothing has been heard for {waited:.1f} s, usually {usual:.2f} s, since "
+            f"step {step} (batch {step}) ended: the stacks of all threads are in "
+            f"{self._dump()}"
         )
         if self.exit_when_hung:
             self.say(f"exiting with code {EXIT_CODE}: start again to continue")
