@@ -74,6 +74,7 @@ def test_flops_agree_with_the_compiler_within_two_percent():
     params = nnx.to_pure_dict(state)
     cost = jax.jit(jax.grad(loss)).lower(params, tokens).compile().cost_analysis()
     _, full = flops_per_token(model, 64)
+    assert cost is not None
     assert cost["flops"] == pytest.approx(full * tokens.size, rel=0.02)
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +40,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def tiny(data: Path, out: Path, **train) -> RunConfig:
-    rhythm = dict(
+    rhythm: dict[str, Any] = dict(
         batch_size=8, steps=12, log_every=5, eval_every=0, sample_every=0,
         save_every=4, sample_tokens=4, eval_rows=16,
     )  # fmt: skip
