@@ -1,6 +1,7 @@
 """Decoding: the cache changes nothing, and sampling does what its names say."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +76,14 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 
 
 def test_lengths_share_compiled_programs():
-    decoding._prefill.clear_cache()
-    decoding._decode.clear_cache()
+    prefill: Any = decoding._prefill
+    decode: Any = decoding._decode
+    prefill.clear_cache()
+    decode.clear_cache()
     for length in (3, 7, 11, 16):
         generate(*network(), prompts(length), max_new_tokens=12)
-    assert decoding._prefill._cache_size() <= 2
-    assert decoding._decode._cache_size() <= 2
+    assert prefill._cache_size() <= 2
+    assert decode._cache_size() <= 2
 
 
 def test_a_row_ends_with_its_stop_id_and_the_others_go_on():
