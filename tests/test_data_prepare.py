@@ -294,6 +294,21 @@ def test_of_a_truncated_archive_the_whole_lines_arrive(tmp_path, packing):
     assert (entry["member"], entry["line"]) == ("b.jsonl", len(found) - 50 + 1)
 
 
+@pytest.mark.parametrize("packing", ["", ".gz"])
+def test_an_archive_that_ends_inside_a_header_is_named(tmp_path, packing):
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as archive:
+        add_member(archive, "a.jsonl", b"\n".join(map(record, lines_of(20))))
+        second = archive.offset
+        add_member(archive, "b.jsonl", record("lost"))
+    path = tmp_path / f"corpus.tar{packing}"
+    path.write_bytes(PACKERS[packing](whole.getvalue()[: second + 100]))
+    prepare([path], tmp_path / "data", vocab_size=300, val_fraction=0)
+    assert texts_in(tmp_path / "data")["train"] == lines_of(20)
+    (entry,) = quarantine_of(tmp_path / "data")
+    assert "ends inside a header" in entry["reason"]
+
+
 def test_a_flipped_byte_in_a_packed_file_is_named(tmp_path):
     texts = lines_of(500)
     packed = bytearray(gzip.compress(b"\n".join(map(record, texts))))
@@ -356,6 +371,16 @@ def test_adding_a_file_moves_no_document_to_the_other_split(tmp_path):
     prepare([other, first], tmp_path / "two", vocab_size=300, val_fraction=0.1)
     after = {k: set(v) for k, v in texts_in(tmp_path / "two").items()}
     assert before["val"] <= after["val"] and before["train"] <= after["train"]
+
+
+def test_another_seed_holds_out_other_documents(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", map(record, lines_of(300)))
+    held_out = []
+    for seed in (0, 1):
+        out = tmp_path / f"data{seed}"
+        prepare([path], out, vocab_size=300, val_fraction=0.1, seed=seed)
+        held_out.append(texts_in(out)["val"])
+    assert held_out[0] != held_out[1]
 
 
 @pytest.mark.parametrize("seed", range(5))
