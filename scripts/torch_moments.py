@@ -26,7 +26,9 @@ def to_torch(tree: dict[str, Any], config: ModelConfig) -> dict[str, torch.Tenso
     state = {}
     for name, array in to_state_dict(tree, config, format="k_model").items():
         if id(array) not in made:
-            bits = np.array(array)  # a copy of its own, in one piece
+            # Row-major: a fused Adam pairs weights and moments by their place in
+            # memory, and would take a transposed view for something else in silence.
+            bits = np.array(array, order="C")
             half = bits.dtype == ml_dtypes.bfloat16
             tensor = torch.from_numpy(bits.view(np.int16) if half else bits)
             made[id(array)] = tensor.view(torch.bfloat16) if half else tensor
