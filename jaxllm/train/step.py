@@ -141,6 +141,15 @@ def update_state(
     """
     step = state["step"]
     loss, grads = loss_and_grads(config, graphdef, state["params"], batch, step)
+    with jax.named_scope("optimizer"):
+        return _apply(config, state, batch, loss, grads, total_steps=total_steps)
+
+
+def _apply(
+    config: RunConfig, state: State, batch: Batch, loss, grads, *, total_steps: int
+) -> tuple[State, dict[str, jax.Array]]:
+    """Clip, Adam, and the choice between the new state and the old one."""
+    step = state["step"]
     norm = optim.global_norm(grads)
     clip = optim.clip_coefficient(config.optim, norm)
     lr = optim.learning_rate(
@@ -219,14 +228,15 @@ def summed_loss(graphdef, params: dict, micro: Batch, dropout_key=None) -> jax.A
         segment_ids_BT=micro.get("segment_ids"),
         dropout_key=dropout_key,
     )
-    return cross_entropy(
-        h_BTD.reshape(-1, h_BTD.shape[-1]),
-        model.head_VD(),
-        micro["targets"].reshape(-1),
-        micro["loss_mask"].reshape(-1),
-        implementation=model.compute.cross_entropy,
-        chunk=model.compute.loss_chunk,
-    )
+    with jax.named_scope("loss"):
+        return cross_entropy(
+            h_BTD.reshape(-1, h_BTD.shape[-1]),
+            model.head_VD(),
+            micro["targets"].reshape(-1),
+            micro["loss_mask"].reshape(-1),
+            implementation=model.compute.cross_entropy,
+            chunk=model.compute.loss_chunk,
+        )
 
 
 def cast_matrices(params: dict, compute: ComputeConfig) -> dict:

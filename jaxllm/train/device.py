@@ -1,0 +1,56 @@
+"""What a run needs of its device: a compile cache, and plain words when it is full."""
+
+from pathlib import Path
+
+import jax
+
+from jaxllm.config import RunConfig
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keeps compiled programs and autotuning results in `folder` for the next start.
+
+    XLA's own caches (kernels, autotuning) go there too, so that a resumed run executes
+    the very program of the first start. Call before the first compilation.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
+
+
+def out_of_memory(error: Exception, config: RunConfig) -> str | None:
+    """Says what to change when a step does not fit, or None for any other error."""
+    if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+        return None
+    train, compute = config.train, config.compute
+    micro = train.batch_size // train.accumulate
+    advice = []
+    if micro > 1:
+        parts = next(
+            n
+            for n in range(train.accumulate + 1, train.batch_size + 1)
+            if train.batch_size % n == 0
+        )
+        advice.append(
+            f"--train.accumulate {parts} (micro-batches of {train.batch_size // parts} "
+            f"rows instead of {micro}; the result is the same)"
+        )
+    if compute.remat != "layer":
+        stronger = {"none": "products", "products": "layer"}[compute.remat]
+        advice.append(f"--compute.remat {stronger} (less memory, more time)")
+    if compute.cross_entropy != "chunked":
+        advice.append("--compute.cross-entropy chunked")
+    elif compute.loss_chunk > 1024:
+        advice.append(f"--compute.loss-chunk {compute.loss_chunk // 2}")
+    first = str(error).splitlines()[0][:200]
+    return "\n".join(
+        [
+            f"the device is out of memory with micro-batches of {micro} x "
+            f"{config.seq_len} tokens. Try, in this order:",
+            *(f"  {line}" for line in advice),
+            "scripts/plan.py --largest says beforehand what fits on a GPU.",
+            f"({first})",
+        ]
+    )

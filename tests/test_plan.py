@@ -1,0 +1,83 @@
+"""The counting of plan, on HLO small enough to count by hand."""
+
+from jaxllm.plan import hlo
+from jaxllm.plan.targets import TARGETS
+
+HLO = """HloModule jit_step
+
+%slices (p0: f32[18,1024], p1: s32[]) -> f32[1,1024] {
+  %p0 = f32[18,1024]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %c = f32[18,1024]{1,0} negate(%p0)
+  ROOT %s = f32[1,1024]{1,0} slice(%c), slice={[0:1], [0:1024]}
+}
+
+%writes (p0: f32[18,1024], p1: f32[1,1024], p2: s32[]) -> f32[18,1024] {
+  %p0 = f32[18,1024]{1,0} parameter(0)
+  %p1 = f32[1,1024]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %u = f32[18,1024]{1,0} dynamic-update-slice(%p0, %p1, %p2, %p2)
+}
+
+%gemm_fusion (p0: bf16[64,32], p1: bf16[32,16]) -> bf16[64,16] {
+  %p0 = bf16[64,32]{1,0} parameter(0)
+  %p1 = bf16[32,16]{1,0} parameter(1)
+  ROOT %d = bf16[64,16]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}
+}
+
+%body (t: (s32[], f32[100])) -> (s32[], f32[100]) {
+  %t = (s32[], f32[100]{0}) parameter(0)
+  %x = f32[100]{0} get-tuple-element(%t), index=1
+  %i = s32[] get-tuple-element(%t), index=0
+  %y = f32[100]{0} negate(%x), metadata={op_name="jit(step)/optimizer/neg"}
+  ROOT %out = (s32[], f32[100]{0}) tuple(%i, %y)
+}
+
+ENTRY %main (a: f32[18,1024], b: bf16[64,32], c: bf16[32,16], i: s32[]) -> f32[100] {
+  %a = f32[18,1024]{1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  %c = bf16[32,16]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %row = f32[1,1024]{1,0} fusion(%a, %i), kind=kLoop, calls=%slices
+  %new = f32[18,1024]{1,0} fusion(%a, %row, %i), kind=kLoop, calls=%writes
+  %mm = bf16[64,16]{1,0} fusion(%b, %c), kind=kCustom, calls=%gemm_fusion
+  %fa = (bf16[64,16]{1,0}, u8[0]{0}) custom-call(%mm), custom_call_target="__cudnn$fmhaSoftmax"
+  %cp = f32[18,1024]{0,1} copy(%new)
+  %ar = f32[18,1024]{1,0} all-reduce-start(%new), to_apply=%slices
+  %loop = (s32[], f32[100]{0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"16"}}
+  ROOT %last = f32[100]{0} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_kernels_are_counted_by_what_they_touch():
+    kernels = {k.name: k for k in hlo.Program(HLO).kernels()}
+    assert set(kernels) == {"row", "new", "mm", "fa", "cp", "ar", "y"}
+    row = 1024 * 4
+    # A fusion that slices, even behind an elementwise operation, reads a slice.
+    assert (kernels["row"].read, kernels["row"].written) == (row, row)
+    assert kernels["row"].whole == 18 * row + row + 4
+    # One that updates in place writes the update, and reads it (and an index).
+    assert (kernels["new"].read, kernels["new"].written) == (row + 4, row)
+    assert kernels["mm"].moved == 2 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert [kernels[n].kind for n in ("mm", "fa", "cp", "ar", "row")] == [
+        "matmul", "attention", "copy", "collective", "elementwise",
+    ]  # fmt: skip
+    assert kernels["ar"].overlaps
+
+
+def test_a_loop_counts_its_body_as_often_as_it_runs():
+    (looped,) = (k for k in hlo.Program(HLO).kernels() if k.name == "y")
+    assert (looped.runs, looped.moved) == (16, 800)
+    assert looped.source == "jit(step)/optimizer/neg"
+
+
+def test_sizes_of_types():
+    assert hlo.size("bf16[128,512]{1,0}") == 128 * 512 * 2
+    assert hlo.size("(f32[2,3]{1,0}, s8[5]{0}, pred[])") == 24 + 5 + 1
+
+
+def test_every_target_describes_itself():
+    for target in TARGETS.values():
+        assert f"core_count: {target.cores} " in target.description
+        assert target.source

@@ -1,0 +1,85 @@
+"""What the real step is on an H100, compiled for one: a change that costs, fails here.
+
+Needs the gpu-compile extra, in an environment of its own:
+    python -m pytest tests/test_plan_gpu.py -m gpu_compile
+A gate is the figure of the day plus 1 %; tighten it when the figure falls.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+
+from jaxllm.presets import preset
+
+pytestmark = pytest.mark.gpu_compile
+
+
+@functools.cache
+def h100(name: str, devices: int = 1, rows: int = 0, target="h100", **compute):
+    from jaxllm.plan.compile import plan
+    from jaxllm.plan.targets import TARGETS
+
+    config = preset(name)
+    rows = rows or config.train.batch_size
+    config = dataclasses.replace(
+        config,
+        compute=dataclasses.replace(config.compute, **compute),
+        train=dataclasses.replace(
+            config.train, batch_size=rows * devices, accumulate=1
+        ),
+    )
+    try:
+        return plan(config, TARGETS[target], count=devices)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def rest(plan) -> float:
+    """KiB a token moved by kernels that are neither matmul nor attention."""
+    return plan.per_token() - plan.per_token("matmul", "attention")
+
+
+# Preset, compute settings; gates in KiB a token: temporary memory, moved by kernels
+# that are neither matmul nor attention, moved by all.
+FIGURES = [
+    ("k-215m", {"residual_dtype": "bfloat16"}, 498, 1917, 4106),
+    ("k-215m", {"residual_dtype": "bfloat16", "remat": "products"}, 413, 2015, 4204),
+    ("k-259m", {"residual_dtype": "bfloat16", "remat": "products"}, 417, 2491, 5145),
+]
+
+
+@pytest.mark.parametrize("name, compute, temporary, moved_rest, moved_all", FIGURES)
+def test_the_step_stays_as_lean_as_it_is(
+    name, compute, temporary, moved_rest, moved_all
+):
+    from jaxllm.plan.compile import attention_calls
+
+    plan = h100(name, **compute)
+    layers = plan.program.config.model.n_layers
+    assert plan.copies == []
+    assert attention_calls(plan.text) == (layers, layers)
+    assert plan.temp_bytes / plan.tokens / 1024 < temporary
+    assert rest(plan) < moved_rest
+    assert plan.per_token() < moved_all
+    assert plan.alias_bytes > 0.99 * plan.output_bytes  # the state is donated
+
+
+def test_the_seeds_batch_of_64_fits_a_24_gb_card():
+    from jaxllm.plan.report import RESERVED_BYTES
+    from jaxllm.plan.targets import TARGETS
+
+    plan = h100(
+        "k-215m", rows=64, target="rtx4090", residual_dtype="bfloat16",
+        remat="products",
+    )  # fmt: skip
+    assert plan.peak_bytes + RESERVED_BYTES < TARGETS["rtx4090"].memory_bytes
+
+
+def test_eight_devices_reduce_gradients_behind_the_backward_pass():
+    plan = h100("k-215m", devices=8, residual_dtype="bfloat16")
+    collectives = [k for k in plan.kernels if k.kind == "collective"]
+    assert collectives and all(k.overlaps for k in collectives)
+    # The gradients of 215M weights, once, most of them in bfloat16.
+    assert 0.43e9 < sum(k.written * k.runs for k in collectives) < 0.49e9
+    assert plan.copies == []
