@@ -41,7 +41,8 @@ MODEL = ModelConfig(
 SMALL = ["--preset", "demo", "--dim", "32", "--n_layers", "1", "--n_heads", "2",
          "--n_kv_heads", "1", "--vocab_size", "320", "--max_seq_len", "32",
          "--steps", "8", "--batch_size", "4", "--accumulate", "2", "--log_every", "1",
-         "--warmup_steps", "2", "--threads", "1", "--device", "cpu"]  # fmt: skip
+         "--learning_rate", "0.003", "--warmup_steps", "2", "--threads", "1",
+         "--device", "cpu"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
