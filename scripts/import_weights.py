@@ -9,6 +9,7 @@ whose Adam moments come along (with --allow-pickle: they lie in a pickle).
 """
 
 import dataclasses
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -82,6 +83,8 @@ def import_weights(args: Import) -> None:
         raise ValueError(f"{args.out} exists: give another --out, or remove it")
     if not args.path.exists():
         raise ValueError(f"{args.path} does not exist: give a folder or a file")
+    if args.allow_pickle and importlib.util.find_spec("torch") is None:
+        raise ValueError("--allow-pickle needs torch: pip install 'jaxllm[torch]'")
     path = _newest_checkpoint(args.path)
     if (path / TRAINER).is_file():
         config, state = _from_trainer(path, args)
