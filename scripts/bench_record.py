@@ -128,6 +128,11 @@ def regenerate(records: Path = RECORDS, table: Path = TABLE) -> int:
     loaded = [(path.name, json.loads(path.read_text())) for path in paths]
     for name, record in sorted(loaded, key=lambda pair: pair[1]["when"], reverse=True):
         parts += _section(name, record)
+    if not loaded:
+        parts.append(
+            "No records yet. `python scripts/bench.py --compare --json "
+            "docs/benchmarks/NAME.json` makes one: on a machine that does nothing else."
+        )
     table.write_text("\n\n".join(parts) + "\n")
     return len(loaded)
 
