@@ -105,7 +105,8 @@ class DataConfig:
 
     path: str = ""
     """Folder of token shards made by scripts/prepare_data.py; empty builds (or reuses)
-    shards of the offline demo corpus in the run's own data folder."""
+    shards of the offline demo corpus in the run's own data folder. Several folders with
+    their shares of the rows: DIR=0.7,DIR2=0.3."""
     layout: Literal["packed", "rows"] = "packed"
     """packed: windows of seq_len + 1 cut from the token stream. rows: one document a
     row, cut at seq_len, padded, the padding masked."""

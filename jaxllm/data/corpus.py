@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxllm.data.demo import demo_files
+from jaxllm.data.files import sync_folder
 from jaxllm.data.merging import FinishedPart, finished_parts, merge, write_quarantine
 from jaxllm.data.parts import Options, Plan, tokenize_parts
 from jaxllm.data.progress import Progress, reporting
 from jaxllm.data.reading import plan_units
 from jaxllm.data.sampling import sample_texts
-from jaxllm.data.shards import (
-    Manifest,
-    load_manifest,
-    sync_folder,
-)
+from jaxllm.data.shards import Manifest, load_manifest
 from jaxllm.data.sources import find_sources
 from jaxllm.data.tokenizer import SMALLEST_VOCAB, Tokenizer, train_tokenizer
 from jaxllm.data.work import existing_result, work_folder

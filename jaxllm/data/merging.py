@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxllm.data.files import sync_folder, write_atomically
 from jaxllm.data.parts import DOCUMENT, Plan, stream_is_done, stream_parts
 from jaxllm.data.reading import part_name
 from jaxllm.data.shards import (
@@ -19,9 +20,7 @@ from jaxllm.data.shards import (
     Shard,
     SourceFile,
     index_path,
-    sync_folder,
     token_dtype,
-    write_atomically,
 )
 from jaxllm.data.tokenizer import Tokenizer
 

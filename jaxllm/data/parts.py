@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.data.files import write_atomically
 from jaxllm.data.reading import Part, Unit, part_name, read_units
 from jaxllm.data.records import Damage, Text, count_lines, read_records, text_digest
-from jaxllm.data.shards import file_sha256, token_dtype, write_atomically
+from jaxllm.data.shards import file_sha256, token_dtype
 from jaxllm.data.sources import Source
 from jaxllm.data.tokenizer import BEGIN_ID, END_ID, Tokenizer
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxllm.data.files import write_atomically
+
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 """Fixed at ids 0-4, as in the lineage of the reference."""
 BEGIN_ID = 3
@@ -115,8 +117,6 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the tokenizer.json, whole or not at all."""
-        from jaxllm.data.shards import write_atomically
-
         write_atomically(Path(path), self._text.encode())
 
     @property

@@ -10,13 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jaxllm.data.files import write_atomically
 from jaxllm.data.parts import Plan
-from jaxllm.data.shards import (
-    Manifest,
-    file_sha256,
-    load_manifest,
-    write_atomically,
-)
+from jaxllm.data.shards import Manifest, file_sha256, load_manifest
 
 _MERGE_OPTIONS = ("val_fraction", "dedup", "shard_tokens")
 """Options that the parts do not depend on: changing one keeps them."""
