@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.train import checkpoint
 from jaxllm.train.checkpoint import CheckpointError, Checkpoints
 from jaxllm.train.digest import digest_state, flatten
+from jaxllm.train.seal import Damaged
 
 SPECS = {"kernel": P(None, "fsdp", "tensor"), "embedding": P("fsdp", "tensor")}
 
@@ -117,7 +118,7 @@ def save_in_one_of_two(folder: Path, address: str, rank: str) -> None:
     if rank == "0":
 
         def lying_disk(folder, manifest):
-            raise checkpoint.Damaged("the disk lies")
+            raise Damaged("the disk lies")
 
         original, checkpoint.verify_arrays = checkpoint.verify_arrays, lying_disk
     checkpoints.save(2, make_state(2, mesh), {})

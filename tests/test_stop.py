@@ -95,9 +95,7 @@ def child(after: str) -> subprocess.Popen:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_ends_the_process_though_it_computes(number):
     # In one long call outside Python, where no handler written in Python can run.
-    process = child(
-        "__import__('ctypes').CDLL(None).sleep(60)"
-    )
+    process = child("__import__('ctypes').CDLL(None).sleep(60)")
     assert process.stdout is not None
     process.send_signal(number)
     assert process.stdout.readline() == "asked\n"
