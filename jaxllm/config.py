@@ -118,6 +118,9 @@ class DataConfig:
     restart its positions at 0."""
     seed: int = 0
     """Seed of the order in which rows are read."""
+    verify: bool = False
+    """Compare every shard with the hash in its manifest before the first step; sizes
+    are always compared."""
 
     def __post_init__(self):
         require_choices("data", self)

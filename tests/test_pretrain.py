@@ -262,6 +262,18 @@ def test_a_run_that_cannot_start_leaves_nothing(data, tmp_path, changes, words):
     assert not (tmp_path / "none" / "config.json").exists()
 
 
+def test_a_damaged_shard_is_noticed_when_asked_for(data, tmp_path):
+    damaged = tmp_path / "shards"
+    shutil.copytree(data, damaged)
+    shard = next((damaged / "train").glob("*.ds"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    config = tiny(damaged, tmp_path / "none")
+    with pytest.raises(ValueError, match=shard.name):
+        run(replace(config, data=replace(config.data, verify=True)))
+
+
 def test_a_vocabulary_larger_than_the_model_is_refused(data, tmp_path):
     config = tiny(data, tmp_path / "none")
     config = replace(config, model=replace(config.model, vocab_size=VOCAB - 1))

@@ -11,6 +11,7 @@ import numpy as np
 from jaxllm import config as configuration
 from jaxllm.config import RunConfig
 from jaxllm.data.batches import Batches
+from jaxllm.data.shards import verify_hashes
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.console import Console
@@ -46,6 +47,9 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
         path = demo_data(folder, config, console)
         config = replace(config, data=replace(config.data, path=str(path)))
     train, val = open_batches(config)
+    if config.data.verify:
+        n_bytes = sum(verify_hashes(manifest) for manifest in train.manifests)
+        console.say(f"data: {n_bytes:,} bytes are those that the manifest names")
     total_steps = config.train.steps or -(
         -train.n_rows * config.train.epochs // config.train.batch_size
     )

@@ -29,7 +29,7 @@ Start = Literal["new", "continue", "finished"]
 # What may differ between two starts of one run: how it is computed, shown and kept.
 FREE_FIELDS = {
     "": ("out", "resume", "fresh", "compute", "parallel"),
-    "data": ("path",),
+    "data": ("path", "verify"),
     "train": (
         "steps", "epochs", "log_every", "eval_every", "eval_rows", "sample_every",
         "sample_prompt", "sample_tokens", "save_every", "keep", "keep_every",
