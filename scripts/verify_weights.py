@@ -1,10 +1,6 @@
 """Opens an exported folder the way its users will, and compares it with the run.
 
-    python scripts/verify_weights.py runs/demo/export/llama runs/demo
-
-export_weights.py does the same before it publishes a folder. Exit code 0 means that the
-folder computes what the run computes; 2, with one line that says what differs, that it
-does not, or that nothing could be compared.
+What export_weights.py does before it publishes a folder.
 """
 
 import functools
