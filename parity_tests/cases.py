@@ -45,6 +45,7 @@ def batch(seed: int, shape: tuple[int, int, int], vocab_size: int) -> dict:
     Padding holds id 4, an id that real tokens have too: a mask by id would be seen.
     """
     tokens = text(seed, (*shape[:2], shape[2] + 1), vocab_size)
+    tokens[:, -1, shape[2] // 2 + 1] = 4
     rng = np.random.default_rng((11, seed))
     # At least one row is short and one is full, so means of means differ from means.
     real = rng.integers(1, shape[2] + 1, shape[:2])

@@ -2,11 +2,14 @@
 
 For each rung and precision it holds `limit`, the specification's own bound; `measured`,
 the worst error over the seeds when it was frozen; and `gate`, which tests enforce.
-`python -m parity_tests.gates` measures everything again and tightens what it can.
+`python -m parity_tests.gates [RUNG ...]` measures and freezes rungs that are new, or
+those that are named; a gate that is there can only shrink.
 """
 
 import json
 import math
+import sys
+import time
 from pathlib import Path
 
 from parity_tests.precision import PRECISIONS, Precision
@@ -16,28 +19,6 @@ HEADROOM = 10.0
 """A new gate is this many times what was measured: machines sum in other orders."""
 WIDEST = 20.0
 """No gate may be further than this from its measured value."""
-
-# The specification's bounds, (fp64, fp32). A gate never exceeds them.
-LIMITS: dict[str, tuple[float, float]] = {
-    "rope tables": (1e-14, 5e-6),
-    "rotary": (1e-14, 5e-6),
-    "rmsnorm": (1e-14, 5e-7),
-    "attention": (1e-13, 5e-6),
-    "mlp": (1e-13, 5e-6),
-    "decoder layer": (1e-13, 5e-6),
-    "logits": (1e-12, 5e-6),
-    "loss": (1e-13, 5e-6),
-    "gradients": (1e-12, 2e-5),
-    "other shapes": (1e-12, 2e-5),
-    "learning rates": (1e-14, 2e-6),
-    "clip": (1e-12, 2e-6),
-    "step losses": (1e-10, 2e-5),
-    "step learning rates": (1e-14, 2e-6),
-    "step clips": (1e-12, 1e-5),
-    "step m": (1e-12, 2e-5),
-    "step v": (1e-12, 2e-5),
-    "step params": (1e-12, 1e-5),
-}
 
 
 def table() -> dict[str, dict[str, dict[str, float]]]:
@@ -59,42 +40,42 @@ def tightened(measured: float, *, limit: float, eps: float, old: float | None) -
     return min(float(f"{rounded:.1g}"), limit, math.inf if old is None else old)
 
 
-def freeze(measured: dict[str, dict[str, float]]) -> None:
-    """Writes the table for newly measured errors. Gates only shrink."""
-    before = table() if FILE.exists() else {}
-    frozen = {}
-    for rung, by_precision in measured.items():
-        frozen[rung] = {}
-        for (name, precision), limit in zip(
-            PRECISIONS.items(), LIMITS[rung], strict=True
-        ):
-            old = before.get(rung, {}).get(name, {})
-            # The worst ever seen, not the worst of today.
-            error = max(by_precision[name], old.get("measured", 0.0))
-            frozen[rung][name] = {
-                "limit": limit,
-                "measured": float(f"{error:.3g}"),
-                "gate": tightened(
-                    error, limit=limit, eps=precision.eps, old=old.get("gate")
-                ),
-            }
+def freeze(rung: str, limits: dict[str, float], errors: dict[str, float]) -> None:
+    """Writes one rung's row for newly measured errors. Gates only shrink."""
+    frozen = table() if FILE.exists() else {}
+    before = frozen.get(rung, {})
+    frozen[rung] = {}
+    for name, limit in limits.items():
+        old = before.get(name, {})
+        # The worst ever seen, not the worst of today.
+        error = max(errors[name], old.get("measured", 0.0))
+        eps = PRECISIONS[name].eps
+        frozen[rung][name] = {
+            "limit": limit,
+            "measured": float(f"{error:.3g}"),
+            "gate": tightened(error, limit=limit, eps=eps, old=old.get("gate")),
+        }
     FILE.write_text(json.dumps(frozen, indent=1) + "\n")
 
 
-def main() -> None:
-    """Measures every rung over the seeds, freezes the table, prints it."""
+def main(names: list[str]) -> None:
+    """Measures rungs over their seeds and freezes them, one after the other."""
     import parity_tests.conftest  # noqa: F401  (the same strict JAX as the tests)
-    from parity_tests.rungs import RUNGS, SEEDS, measure
+    from parity_tests.rungs import RUNGS, measure
 
-    measured: dict[str, dict[str, float]] = {}
-    for rung in RUNGS:
-        measured[rung] = {
-            name: max(measure(rung, precision, seed).error for seed in SEEDS)
-            for name, precision in PRECISIONS.items()
+    known = table() if FILE.exists() else {}
+    for name in names or [name for name in RUNGS if name not in known]:
+        rung, began = RUNGS[name], time.perf_counter()
+        errors = {
+            precision: max(
+                measure(name, PRECISIONS[precision], seed).error for seed in rung.seeds
+            )
+            for precision in rung.limits
         }
-        print(rung, {k: f"{v:.3g}" for k, v in measured[rung].items()}, flush=True)
-    freeze(measured)
+        freeze(name, rung.limits, errors)
+        seconds = time.perf_counter() - began
+        print(name, errors, f"{seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

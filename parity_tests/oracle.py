@@ -58,7 +58,9 @@ def backward(
         mask = as_torch(batch["loss_mask"][i])
         inputs, targets = as_torch(batch["inputs"][i]), as_torch(batch["targets"][i])
         if loss_norm == "micro_batch":
-            loss = model(inputs, targets, mask).loss / n_micro
+            # As ddp_pretrain.py has it; an empty micro-batch counts as zero.
+            summed = (model(inputs, targets).loss * mask).sum()
+            loss = summed / mask.sum().clamp(min=1) / n_micro
         else:
             loss = (model(inputs, targets).loss * mask).sum() / count
         loss.backward()

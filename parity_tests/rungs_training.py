@@ -211,6 +211,8 @@ def paired(run: Run, precision: Precision) -> dict[str, Pairs]:
         "step learning rates": {"all": (mine.learning_rates, other.learning_rates)},
         "step clips": {"all": (mine.clips, other.clips)},
     }
+    if run.optim.clip_norm:  # without it torch takes no norm
+        kinds["step clips"]["norms"] = (mine.norms, other.norms)
     for kind in ("params", "m", "v"):
         ours, theirs = getattr(mine, kind), getattr(other, kind)
         assert ours.keys() == theirs.keys(), (sorted(ours), sorted(theirs))
@@ -233,7 +235,33 @@ def noise_ratio(run: Run, precision: Precision) -> dict[str, float]:
             for n in tensors
         )
 
+    # Neither side's losses can be told from the truth below their last digits.
+    floor = {"losses": 4 * precision.eps * float(np.max(truth.losses))}
     return {
-        kind: gap(mine, kind) / gap(other, kind)
+        kind: gap(mine, kind) / max(gap(other, kind), floor.get(kind, 0.0))
         for kind in ("losses", "params", "m", "v")
+    }
+
+
+LONG = 200
+LONG_RECIPES = ("reference, A=1", "reference, A=4", "adamw, token mean, A=4")
+"""Both losses, accumulation 1 and 4, decay on and off, each at least once."""
+
+
+def long(precision: Precision, seed: int) -> dict[str, Pairs]:
+    """200 steps: the losses, and the last parameters and moments."""
+    found: dict[str, Pairs] = {}
+    for recipe in LONG_RECIPES:
+        for kind, pairs in paired(Run(recipe, LONG, seed), precision).items():
+            for name, pair in pairs.items():
+                found.setdefault(kind, {})[f"{recipe}: {name}"] = pair
+    return found
+
+
+def long_noise(precision: Precision, seed: int) -> Pairs:
+    """Our float32 distance from the truth over PyTorch's own, after 200 steps."""
+    return {
+        f"{recipe}: {kind}": (ratio, 0.0)
+        for recipe in LONG_RECIPES
+        for kind, ratio in noise_ratio(Run(recipe, LONG, seed), precision).items()
     }

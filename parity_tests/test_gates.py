@@ -10,19 +10,18 @@ from parity_tests.rungs import RUNGS
 
 def test_every_rung_has_its_gates():
     table = gates.table()
-    assert set(table) == set(RUNGS) == set(gates.LIMITS)
-    assert all(set(row) == set(PRECISIONS) for row in table.values())
+    assert set(table) == set(RUNGS)
+    assert all(set(table[name]) == set(rung.limits) for name, rung in RUNGS.items())
 
 
 def test_gates_stay_within_the_specification_and_near_what_was_measured():
-    for rung, row in gates.table().items():
-        for (name, precision), limit in zip(
-            PRECISIONS.items(), gates.LIMITS[rung], strict=True
-        ):
-            entry = row[name]
+    table = gates.table()
+    for rung in RUNGS:
+        for name, limit in RUNGS[rung].limits.items():
+            entry = table[rung][name]
             assert entry["limit"] == limit, (rung, name)
             assert entry["measured"] <= entry["gate"] <= limit, (rung, name)
-            floor = max(entry["measured"], precision.eps)
+            floor = max(entry["measured"], PRECISIONS[name].eps)
             assert entry["gate"] <= gates.WIDEST * floor, (rung, name)
 
 

@@ -1,0 +1,138 @@
+"""bfloat16: our error and that of torch's autocast, both against the float64 truth."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from jaxllm import model as ours_model
+from jaxllm.config import ComputeConfig
+from parity_tests import cases, oracle, sides
+from parity_tests.cases import SMALL
+from parity_tests.compare import Pairs
+from parity_tests.precision import FP32, FP64, Precision
+from parity_tests.rungs_training import Run, our_run, their_run
+from torch_ref import k_model
+
+VARIANTS: dict[str, dict] = {
+    "residual float32": {"residual_dtype": "float32"},
+    "residual bfloat16": {"residual_dtype": "bfloat16"},
+    "residual float32, fused": {"residual_dtype": "float32", "layer": "fused"},
+    "residual bfloat16, fused": {"residual_dtype": "bfloat16", "layer": "fused"},
+}
+CHOSEN = "residual float32"
+"""What "auto" resolves to; the gates hold for it. The others are measured beside it."""
+LENGTH = 128
+
+
+def compute(variant: str) -> ComputeConfig:
+    """float32 weights, bfloat16 products."""
+    return FP32.compute(compute_dtype="bfloat16", **VARIANTS[variant])
+
+
+@functools.cache
+def errors(seed: int) -> dict[str, dict[str, float]]:
+    """Relative errors of logits, loss and gradients, by side; ours in each variant."""
+    params = cases.trained(seed, FP32)
+    wide = cases.trained(seed, FP32)
+    batch = cases.batch(seed, (1, 4, LENGTH), SMALL.vocab_size)
+    truth = _torch(wide, FP64, batch, autocast=False)
+    found = {"autocast": _distance(_torch(params, FP32, batch, autocast=True), truth)}
+    for variant in VARIANTS:
+        found[variant] = _distance(_ours(params, batch, variant), truth)
+    return found
+
+
+def forward_and_gradients(precision: Precision, seed: int) -> Pairs:
+    """Our error over autocast's, seed by seed."""
+    del precision
+    found = errors(seed)
+    return {
+        kind: (found[CHOSEN][kind] / found["autocast"][kind], 0.0)
+        for kind in ("logits", "gradients")
+    }
+
+
+def trajectory(precision: Precision, seed: int) -> Pairs:
+    """200 steps: mean error of our bfloat16 losses over autocast's."""
+    del precision
+    run = Run("reference, A=1", 200, seed)
+    truth = np.array(their_run(run, FP64).losses)
+    settings: dict = {"compute_dtype": "bfloat16"} | VARIANTS[CHOSEN]
+    mine = np.array(our_run(run, FP32, **settings).losses)
+    model = sides.theirs(run.params(FP32), run.model, FP32)
+    other = oracle.train(
+        model, run.batches(), run.optim, total_steps=run.total_steps,
+        autocast=torch.bfloat16,
+    )  # fmt: skip
+    gaps = [np.mean(np.abs(x - truth)) for x in (mine, np.array(other.losses))]
+    return {"mean loss error": (gaps[0] / gaps[1], 0.0)}
+
+
+def parts(precision: Precision, seed: int) -> Pairs:
+    """Norm and rotation of bfloat16 inputs: the reference rounds at the same places."""
+    del precision
+    rng = np.random.default_rng((61, seed))
+    x = torch.tensor(rng.standard_normal((2, 64, 4, 16))).bfloat16()
+    pairs: Pairs = {}
+    flat = x.flatten(2)
+    other = k_model.RMSNorm(64, 1e-5).bfloat16()
+    other.weight.data = torch.tensor(1 + 0.3 * rng.standard_normal(64)).bfloat16()
+    norm = ours_model.RMSNorm(64, 1e-5, param_dtype="bfloat16")
+    norm.weight[...] = _to_jax(other.weight.data)
+    with torch.no_grad():
+        pairs["norm"] = (_wide(norm(_to_jax(flat))), other(flat).double().numpy())
+    cos, sin = k_model.precompute_freqs_cis(16, 64, dtype=torch.bfloat16)
+    turned = ours_model.apply_rotary_emb(
+        *(_to_jax(x), _to_jax(x[:, :, :2]), _to_jax(cos[None]), _to_jax(sin[None]))
+    )
+    expected = k_model.apply_rotary_emb(x, x[:, :, :2], cos, sin)
+    for name, a, b in zip("qk", turned, expected, strict=True):
+        pairs[f"rotary {name}"] = (_wide(a), b.double().numpy())
+    return pairs
+
+
+def _to_jax(x: torch.Tensor) -> jax.Array:
+    dtype = jnp.bfloat16 if x.dtype == torch.bfloat16 else jnp.float32
+    return jnp.asarray(x.float().numpy()).astype(dtype)
+
+
+def _wide(x: jax.Array) -> np.ndarray:
+    return np.asarray(x.astype(jnp.float32)).astype(np.float64)
+
+
+def _torch(params, precision, batch, *, autocast: bool) -> dict:
+    model = sides.theirs(params, SMALL, precision)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            logits = model(sides.as_torch(batch["inputs"][0])).logits
+        loss, grads = oracle.backward(model, batch, "token")
+    results = {name: grad.double().numpy() for name, grad in grads.items()}
+    return {"logits": logits.double().numpy(), "loss": loss, "gradients": results}
+
+
+def _ours(params, batch, variant: str) -> dict:
+    config = sides.run_config(SMALL, compute(variant), rows=batch["inputs"].shape[1])
+    functions = sides.ours(config)
+    logits = np.asarray(functions.logits(params, batch["inputs"][0]), np.float64)
+    loss, grads = sides.our_loss_and_grads(config, FP32, params, batch)
+    by_name = cases.to_torch(grads, SMALL)
+    return {"logits": logits, "loss": float(loss), "gradients": by_name}
+
+
+def _distance(side: dict, truth: dict) -> dict[str, float]:
+    def relative(a, b):
+        return float(np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b))
+
+    by_tensor = [
+        relative(side["gradients"][name], grad)
+        for name, grad in truth["gradients"].items()
+    ]
+    return {
+        "logits": relative(side["logits"], truth["logits"]),
+        "loss": abs(side["loss"] - truth["loss"]) / truth["loss"],
+        # The root mean square over tensors: large ones do not drown small ones.
+        "gradients": float(np.sqrt(np.mean(np.square(by_tensor)))),
+    }

@@ -1,0 +1,272 @@
+"""Rungs around the mathematics: weights that travel, rows that arrive."""
+
+import atexit
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from jaxllm.config import ModelConfig
+from jaxllm.convert import cast, from_state_dict, to_state_dict
+from jaxllm.convert.configs import (
+    config_from_k_model,
+    config_from_llama,
+    k_model_config,
+    llama_config,
+)
+from jaxllm.convert.tensors import read_tensors, write_tensors
+from jaxllm.data.batches import Batches
+from jaxllm.data.shards import Manifest, Shard, file_sha256, index_path
+from jaxllm.data.tokenizer import BEGIN_ID, END_ID, train_tokenizer
+from parity_tests import cases, sides
+from parity_tests.cases import TINY
+from parity_tests.compare import Pairs
+from parity_tests.precision import Precision
+from torch_ref import k_model
+
+MODELS: dict[str, ModelConfig] = {
+    "tied": TINY,
+    "untied, K=1": dataclasses.replace(TINY, n_kv_heads=1, tie_word_embeddings=False),
+    "own head width": dataclasses.replace(TINY, n_kv_heads=4, head_dim=12),
+}
+
+
+def weights(precision: Precision, seed: int) -> Pairs:
+    """Weights to k_model, Llama and GGUF and back: names, layouts, every bit."""
+    pairs: Pairs = {}
+    for name, config in MODELS.items():
+        params = cases.spread(config, seed, precision)
+        state = cases.to_torch(params, config)
+        mine = to_state_dict(params, config, format="k_model")
+        _same(pairs, f"{name}: to k_model", mine, state)
+        back = from_state_dict(state, config, format="k_model")
+        _same(pairs, f"{name}: from k_model", _leaves(back), _leaves(params))
+        for form in ("llama", "gguf"):
+            there = to_state_dict(params, config, format=form)
+            expected = _renamed(state, config, form)
+            _same(pairs, f"{name}: to {form}", there, expected)
+            back = from_state_dict(expected, config, format=form)
+            _same(pairs, f"{name}: from {form}", _leaves(back), _leaves(params))
+        _same(pairs, f"{name}: bfloat16", *_rounded(state))
+        _same(pairs, f"{name}: file", *_through_a_file(mine))
+        for part, read, write in (
+            ("k_model", config_from_k_model, k_model_config),
+            ("llama", config_from_llama, llama_config),
+        ):
+            if config.dim % config.n_heads:
+                continue  # which Llama does not know
+            back = read(write(config))
+            # Llama's file has no place for these two, which decide nothing any more.
+            back = dataclasses.replace(
+                back, multiple_of=config.multiple_of, init=config.init
+            )
+            pairs[f"{name}: {part} config"] = (repr(back), repr(config))
+    return pairs
+
+
+def _rounded(state: dict) -> tuple[dict, dict]:
+    """Tensors cast to bfloat16 by ours and by torch, as bits."""
+    mine = cast(state, "bfloat16")
+    return (
+        {name: x.view(np.uint16) for name, x in mine.items()},
+        {
+            name: torch.tensor(x).bfloat16().view(torch.uint16).numpy()
+            for name, x in state.items()
+        },
+    )
+
+
+def _through_a_file(tensors: dict) -> tuple[dict, dict]:
+    """What safetensors' own reader for torch finds in the file that ours wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        (path,) = write_tensors(Path(folder), tensors)
+        found = {name: x.numpy() for name, x in load_file(path).items()}
+        mine = {name: np.array(x) for name, x in read_tensors(path).items()}
+    assert all(np.array_equal(mine[name], x) for name, x in found.items())
+    return found, tensors
+
+
+def exported(precision: Precision, seed: int) -> Pairs:
+    """Logits of k_model and of stock transformers, built from what convert.py gives."""
+    pairs: Pairs = {}
+    for name, config in MODELS.items():
+        config = dataclasses.replace(
+            config, max_seq_len=128, norm_eps=1e-4, rope_theta=5e4
+        )
+        params = cases.spread(config, seed, precision)
+        tokens = cases.text(seed, (2, 128), config.vocab_size)
+        mine = sides.our_logits(params, config, precision, tokens)
+        ours_there = to_state_dict(params, config, format="k_model")
+        model = k_model.Transformer(k_model.ModelConfig(**k_model_config(config)))
+        pairs[f"{name}: k_model"] = (mine, _logits(model, ours_there, tokens))
+        llama = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig.from_dict(llama_config(config))
+        )
+        there = to_state_dict(params, config, format="llama")
+        if config.tie_word_embeddings:
+            there["lm_head.weight"] = there["model.embed_tokens.weight"]
+        pairs[f"{name}: llama"] = (mine, _logits(llama, there, tokens))
+    return pairs
+
+
+def rows(precision: Precision, seed: int) -> Pairs:
+    """What Batches yields, against rows cut by hand from the same documents."""
+    del precision
+    documents, folder = _data(seed)
+    seq_len = 16
+    begin_text = [[BEGIN_ID, *text] for text in documents]
+    stream = np.concatenate([[*text, END_ID] for text in begin_text])
+    pairs: Pairs = {}
+
+    settings: dict = {"seq_len": seq_len, "batch_size": 1, "shuffle": False}
+    packed = Batches(folder.name, layout="packed", **settings)
+    windows = [
+        stream[start : start + seq_len + 1]
+        for start in range(0, len(stream) - 1, seq_len)
+    ]
+    _rows_pairs(pairs, "packed", packed, windows, seq_len)
+    seed_rows = Batches(folder.name, layout="rows", **settings)
+    cut = [np.array(text[: seq_len + 1]) for text in begin_text]
+    _rows_pairs(pairs, "rows", seed_rows, cut, seq_len)
+
+    isolated = Batches(folder.name, layout="packed", isolate_documents=True, **settings)
+    owner = np.repeat(np.arange(len(documents)), [len(d) + 2 for d in documents])
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    for i, start in enumerate(range(0, len(stream) - 1, seq_len)):
+        row, n = isolated[i], min(seq_len, len(stream) - 1 - start)
+        own = owner[start : start + n + 1]
+        at = np.arange(start, start + n)
+        expected = at - np.maximum(starts[own[:-1]], start)
+        pairs[f"isolated {i} positions"] = (row["positions"][0, :n], expected)
+        same = row["segment_ids"][0, :n, None] == row["segment_ids"][0, None, :n]
+        pairs[f"isolated {i} segments"] = (same, own[:-1, None] == own[None, :-1])
+        pairs[f"isolated {i} mask"] = (row["loss_mask"][0, :n], own[1:] == own[:-1])
+
+    shuffled = Batches(folder.name, layout="rows", seq_len=seq_len, batch_size=1)
+    order = [shuffled[i]["inputs"][0].tobytes() for i in range(len(cut))]
+    plain = [seed_rows[i]["inputs"][0].tobytes() for i in range(len(cut))]
+    indices = np.array([plain.index(row) for row in order])
+    pairs["an epoch has each row once"] = (np.sort(indices), np.arange(len(cut)))
+    return pairs
+
+
+def _rows_pairs(pairs: Pairs, name: str, batches: Batches, rows, seq_len: int) -> None:
+    pairs[f"{name}: count"] = (batches.n_rows, len(rows))
+    pairs[f"{name}: targets"] = (batches.n_tokens, sum(len(r) - 1 for r in rows))
+    for i, row in enumerate(rows):
+        n, got = len(row) - 1, batches[i]
+        pairs[f"{name} {i} inputs"] = (got["inputs"][0, :n], row[:-1])
+        pairs[f"{name} {i} targets"] = (got["targets"][0, :n], row[1:])
+        pairs[f"{name} {i} mask"] = (got["loss_mask"][0], np.arange(seq_len) < n)
+
+
+@functools.cache
+def _data(seed: int) -> tuple[list[list[int]], tempfile.TemporaryDirectory]:
+    """A data folder of 23 documents, written by hand; distinct, some longer than T."""
+    rng = np.random.default_rng((41, seed))
+    documents = [
+        [5 + i, *(5 + rng.integers(0, 200, rng.integers(1, 40))).tolist()]
+        for i in range(23)
+    ]
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    root = Path(folder.name)
+    tokenizer = train_tokenizer(["one two three"], 261)
+    tokenizer.save(root / "tokenizer.json")
+    shards = []
+    (root / "train").mkdir()
+    for number, part in enumerate((documents[:9], documents[9:])):
+        texts = [[BEGIN_ID, *text, END_ID] for text in part]
+        path = root / f"train/{number:05d}.ds"
+        np.concatenate(texts).astype("<u2").tofile(path)
+        np.cumsum([len(t) for t in texts]).astype("<u8").tofile(index_path(path))
+        shards.append(
+            Shard(
+                name=f"train/{number:05d}.ds", documents=len(texts),
+                tokens=sum(map(len, texts)), text_bytes=1, sha256=file_sha256(path),
+                index_sha256=file_sha256(index_path(path)),
+            )
+        )  # fmt: skip
+    manifest = Manifest(
+        tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size,
+        dtype="uint16", splits={"train": shards, "val": []}, sources=[], options={},
+    )  # fmt: skip
+    (root / "manifest.json").write_text(manifest.to_json())
+    return documents, folder
+
+
+def _same(pairs: Pairs, name: str, mine: dict, expected: dict) -> None:
+    names = (sorted(mine), sorted(expected))
+    assert names[0] == names[1], f"{name}: {set(names[0]) ^ set(names[1])}"
+    for tensor in expected:
+        a, b = np.asarray(mine[tensor]), np.asarray(expected[tensor])
+        assert a.dtype == b.dtype, f"{name} {tensor}: {a.dtype} for {b.dtype}"
+        pairs[f"{name} {tensor}"] = (a, b)
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, f"{prefix}{key}/")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _logits(model: torch.nn.Module, state: dict, tokens: np.ndarray) -> np.ndarray:
+    tensors = {name: torch.tensor(np.array(x)) for name, x in state.items()}
+    dtype = next(iter(tensors.values())).dtype
+    torch.nn.Module.to(model, dtype=dtype)
+    model.load_state_dict(tensors, strict=True)
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(tokens)).logits.numpy()
+
+
+# The names of others, written out a second time.
+_LLAMA = {
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+}  # fmt: skip
+_GGUF = {
+    "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
+    "attention_norm": "attn_norm", "ffn_norm": "ffn_norm", "attention.wq": "attn_q",
+    "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate", "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
+}  # fmt: skip
+
+
+def _renamed(state: dict, config: ModelConfig, form: str) -> dict[str, np.ndarray]:
+    """A k_model state dict under the names, and with the row order, of another."""
+    table = {"llama": _LLAMA, "gguf": _GGUF}[form]
+    renamed = {}
+    for name, tensor in state.items():
+        stem = name.removesuffix(".weight")
+        if stem == "output" and config.tie_word_embeddings:
+            continue
+        if stem.startswith("layers."):
+            _, i, stem = stem.split(".", 2)
+            prefix = f"model.layers.{i}." if form == "llama" else f"blk.{i}."
+        else:
+            prefix = ""
+        heads = {"attention.wq": config.n_heads, "attention.wk": config.n_kv_heads}
+        if form == "llama" and stem in heads:
+            tensor = np.concatenate(
+                [
+                    head[pair::2]
+                    for head in np.split(tensor, heads[stem])
+                    for pair in (0, 1)
+                ]
+            )
+        renamed[f"{prefix}{table[stem]}.weight"] = tensor
+    return renamed

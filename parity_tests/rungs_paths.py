@@ -1,0 +1,231 @@
+"""Rungs of every other way through the model: fast forms, documents, cache, dropout.
+
+Each path has its own code on our side, and the same plain reference on theirs.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from jaxllm.config import ModelConfig
+from jaxllm.train import step as ours_step
+from parity_tests import cases, sides
+from parity_tests.cases import TINY
+from parity_tests.compare import Pairs
+from parity_tests.oracle import backward
+from parity_tests.precision import Precision
+
+FORMS: dict[str, dict] = {
+    "fused layer, one-hot embedding, chunked loss": {
+        "layer": "fused", "embedding": "one_hot", "cross_entropy": "chunked",
+        "loss_chunk": 37,
+    },
+    "fused layer unrolled, sorted embedding, remat": {
+        "layer": "fused", "embedding": "sorted", "remat": "products", "unroll": 2,
+    },
+    "remat of products, rows embedding, one chunk": {
+        "remat": "products", "embedding": "rows", "cross_entropy": "chunked",
+    },
+    "remat of layers, fused, even chunks": {
+        "layer": "fused", "remat": "layer", "unroll": 2, "cross_entropy": "chunked",
+        "loss_chunk": 12,
+    },
+    "remat of layers, plain": {"remat": "layer"},
+}  # fmt: skip
+"""Every form of every kernel at least once, and the ones a GPU picks together."""
+
+
+def forms(precision: Precision, seed: int) -> Pairs:
+    """Logits, loss and gradients in every compute form."""
+    pairs: Pairs = {}
+    for k, (name, changes) in zip((2, 1, 4, 2, 2), FORMS.items(), strict=True):
+        config = dataclasses.replace(TINY, n_kv_heads=k)
+        params = cases.spread(config, seed, precision)
+        batch = cases.batch(seed, (2, 2, 36), config.vocab_size)
+        other = sides.theirs(params, config, precision)
+        run = sides.run_config(
+            config, precision.compute(**changes), rows=2, accumulate=2
+        )
+        mine, grads = sides.our_loss_and_grads(run, precision, params, batch)
+        theirs, their_grads = backward(other, batch, "token")
+        by_name = cases.to_torch(grads, config)
+        pairs[f"{name}: loss"] = (mine, theirs)
+        for tensor, grad in their_grads.items():
+            pairs[f"{name}: d {tensor}"] = (by_name[tensor], grad.numpy())
+    return pairs
+
+
+def documents(precision: Precision, seed: int) -> Pairs:
+    """Documents packed in a row, isolated, against each document alone."""
+    params = cases.spread(TINY, seed, precision)
+    rng = np.random.default_rng((31, seed))
+    cuts = np.sort(rng.choice(np.arange(2, 46), 2, replace=False))
+    lengths = np.diff([0, *cuts.tolist(), TINY.max_seq_len])
+    tokens = cases.text(seed, (1, TINY.max_seq_len), TINY.vocab_size)
+    segments = np.repeat(np.arange(1, 4), lengths)[None].astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
+    functions = sides.ours(sides.run_config(TINY, precision.compute()))
+    with precision.active():
+        packed = np.asarray(
+            functions.logits(
+                params, tokens.astype(np.int32), positions_BT=positions,
+                segment_ids_BT=segments,
+            )
+        )  # fmt: skip
+    other = sides.theirs(params, TINY, precision)
+    pairs: Pairs = {}
+    for i, end in enumerate(np.cumsum(lengths)):
+        rows = slice(int(end - lengths[i]), int(end))
+        with torch.no_grad():
+            alone = other(torch.from_numpy(tokens[:, rows])).logits.numpy()
+        pairs[f"document {i}"] = (packed[:, rows], alone)
+    return pairs
+
+
+def cached(precision: Precision, seed: int) -> Pairs:
+    """Prefill of prompts of different lengths, then token by token."""
+    params = cases.spread(TINY, seed, precision)
+    tokens = cases.text(seed, (3, 40), TINY.vocab_size).astype(np.int32)
+    lengths, slots = np.array([25, 7, 16]), 44
+    graphdef = sides.ours(sides.run_config(TINY, precision.compute())).graphdef
+    other = sides.theirs(params, TINY, precision)
+    with torch.no_grad():
+        theirs = other(sides.as_torch(tokens)).logits.numpy()
+
+    @jax.jit
+    def run(params, tokens, positions, cache):
+        model = nnx.merge(graphdef, params)
+        h, cache = model.hidden(tokens, positions_BT=positions, cache=cache)
+        return h @ model.head_VD().T, cache
+
+    pairs: Pairs = {}
+    with precision.active():
+        shape = (TINY.n_layers, 3, slots, TINY.n_kv_heads, TINY.head_dim)
+        cache = {name: jnp.zeros(shape, precision.dtype) for name in "kv"}
+        width = int(lengths.max())
+        prompt = np.where(np.arange(width) < lengths[:, None], tokens[:, :width], 1)
+        positions = np.broadcast_to(np.arange(width, dtype=np.int32), prompt.shape)
+        logits, cache = run(params, prompt, positions, cache)
+        for row, length in enumerate(lengths):
+            pairs[f"prefill row {row}"] = (
+                np.asarray(logits[row, :length]), theirs[row, :length],
+            )  # fmt: skip
+        for new in range(12):
+            at = (lengths + new)[:, None].astype(np.int32)
+            latest = np.take_along_axis(tokens, at, axis=1)
+            logits, cache = run(params, latest, at, cache)
+            expected = np.take_along_axis(theirs, at[..., None], axis=1)
+            pairs[f"decode {new}"] = (np.asarray(logits), expected)
+    return pairs
+
+
+DROPPED = dataclasses.replace(TINY, dropout=0.2)
+
+
+def dropout(precision: Precision, seed: int) -> Pairs:
+    """Loss and gradients with dropout, the reference dropping by the very same masks.
+
+    The masks are derived here from the keys as model.py and step.py document them: the
+    run's seed, the step, the micro-batch, then embedding, layer, and place in a layer.
+    """
+    params = cases.spread(DROPPED, seed, precision)
+    batch = cases.batch(seed, (2, 2, 20), DROPPED.vocab_size)
+    run = sides.run_config(
+        DROPPED, precision.compute(), rows=2, accumulate=2, seed=seed
+    )
+    other = sides.theirs(params, DROPPED, precision)
+    pairs: Pairs = {}
+    for at in (0, 5):
+        masks = _Masks(0.2)
+        other.add_module("dropout", masks)
+        for layer in other.layers:
+            layer.add_module("dropout", masks)
+        for micro in range(2):
+            with precision.active():  # which decides how many random bits are drawn
+                masks.queue += _keep_masks(seed, at, micro, (2, 20, TINY.dim))
+        mine, grads = sides.our_loss_and_grads(run, precision, params, batch, at=at)
+        theirs, their_grads = backward(other, batch, "token")
+        assert not masks.queue
+        by_name = cases.to_torch(grads, DROPPED)
+        pairs[f"step {at}: loss"] = (mine, theirs)
+        for tensor, grad in their_grads.items():
+            pairs[f"step {at}: d {tensor}"] = (by_name[tensor], grad.numpy().copy())
+    return pairs
+
+
+class _Masks(torch.nn.Module):
+    """nn.Dropout with masks that are known beforehand, in the order of their use."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate, self.queue = rate, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drops by the next mask and scales up what is kept."""
+        return x * self.queue.pop(0) / (1 - self.rate)
+
+
+def _keep_masks(seed: int, at: int, micro: int, shape) -> list[torch.Tensor]:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), at), micro)
+    first, rest = jax.random.split(key)
+    keys = [first]
+    for layer_key in jax.random.split(rest, DROPPED.n_layers):
+        keys += list(jax.random.split(layer_key))
+    return [torch.tensor(np.asarray(jax.random.bernoulli(k, 0.8, shape))) for k in keys]
+
+
+def init(precision: Precision, seed: int) -> Pairs:
+    """The spread of fresh weights: by tensor, its standard deviation and kurtosis."""
+    pairs: Pairs = {}
+    kinds: tuple = (("residual", False), ("reference", True))
+    for kind, tied in kinds:
+        config = ModelConfig(
+            dim=256, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=331,
+            init=kind, tie_word_embeddings=tied,
+        )  # fmt: skip
+        run = sides.run_config(config, precision.compute(), seed=seed)
+        with precision.active():
+            fresh = ours_step.build(run, sides.mesh(), total_steps=1).init()
+            params = jax.tree.map(np.asarray, fresh["params"])
+            assert not any(np.any(x) for x in jax.tree.leaves(fresh["opt"]))
+        zeros = jax.tree.map(np.zeros_like, params)
+        modules = dict(sides.theirs(zeros, config, precision).named_modules())
+        for path, x in jax.tree_util.tree_leaves_with_path(params):
+            names = [key.key for key in path[:-1]]
+            where, x = f"{kind} tied={tied}: {'.'.join(names)}", x.astype(np.float64)
+            if path[-1].key == "weight":
+                pairs[where] = (x, np.ones_like(x))
+                continue
+            names = ["layers", "0", *names[1:]] if names[0] == "layers" else names
+            std = getattr(modules[".".join(names)], "init_std", 0.02)
+            pairs[where] = (x.std(), std)
+            pairs[f"{where} mean"] = (1 + x.mean() / x.std(), 1.0)
+            pairs[f"{where} kurtosis"] = (np.mean(x**4) / x.var() ** 2, 3.0)
+        layers = params["layers"]["attention"]["wq"]["kernel"]
+        alike = np.corrcoef(layers[0].ravel(), layers[1].ravel())[0, 1]
+        pairs[f"{kind} tied={tied}: layers alike"] = (1 + alike, 1.0)
+    return pairs
+
+
+def evaluation(precision: Precision, seed: int) -> Pairs:
+    """eval_step's summed loss and its count of tokens."""
+    params = cases.spread(TINY, seed, precision)
+    batch = cases.batch(seed, (1, 4, 40), TINY.vocab_size)
+    run = sides.run_config(TINY, precision.compute(), rows=4)
+    with precision.active():
+        program = sides.program(run, 10, (1, 1, 1))
+        loss, count = program.eval_step(params, batch)
+        loss, count = np.asarray(loss), np.asarray(count)
+    other = sides.theirs(params, TINY, precision)
+    with torch.no_grad():
+        out = other(*(sides.as_torch(batch[n][0]) for n in ("inputs", "targets")))
+        assert out.loss is not None
+        total = (out.loss * torch.from_numpy(batch["loss_mask"][0])).sum()
+    return {
+        "summed loss": (loss, total.numpy()),
+        "tokens": (count, batch["loss_mask"].sum()),
+    }

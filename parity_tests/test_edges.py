@@ -1,0 +1,74 @@
+"""Edges that no trajectory reaches: bad steps, long rows, seeds, micro-batches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxllm.train import optim, step
+from parity_tests import cases, sides
+from parity_tests.cases import TINY
+from parity_tests.precision import FP32
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad", "good"),
+    [(1.0, 1.0, True), (np.nan, 1.0, False), (np.inf, 1.0, False),
+     (1.0, np.inf, False), (1.0, np.nan, False)],
+)  # fmt: skip
+def test_a_loss_or_a_gradient_alone_can_spoil_a_step(monkeypatch, loss, grad, good):
+    params = {"norm": {"weight": jnp.ones(3)}}
+    grads = {"norm": {"weight": jnp.array([1.0, grad, 2.0])}}
+    monkeypatch.setattr(step, "loss_and_grads", lambda *_: (jnp.float32(loss), grads))
+    config = sides.run_config(TINY, FP32.compute())
+    state = {"step": jnp.int32(3), "params": params, "opt": optim.init(params)}
+    batch = {"loss_mask": np.ones((1, 1, 4), bool)}
+    after, metrics = step.update_state(config, None, state, batch, total_steps=9)
+    moved = not np.array_equal(after["params"]["norm"]["weight"], np.ones(3))
+    assert (moved, int(metrics["skipped"]) == 0) == (good, good)
+    assert int(after["opt"]["count"]) == int(good)
+    assert int(after["step"]) == 4
+
+
+def test_more_tokens_than_max_seq_len_are_refused_by_both():
+    params = cases.spread(TINY, 0, FP32)
+    tokens = cases.text(0, (1, TINY.max_seq_len + 1), TINY.vocab_size)
+    with pytest.raises(ValueError, match="49 tokens do not fit"):
+        sides.our_logits(params, TINY, FP32, tokens)
+    with pytest.raises(ValueError, match="49 tokens do not fit"):
+        sides.theirs(params, TINY, FP32)(torch.from_numpy(tokens))
+
+
+def test_the_runs_seed_decides_the_fresh_weights():
+    first, again, other = (
+        jax.tree.leaves(
+            step.build(
+                sides.run_config(TINY, FP32.compute(), seed=seed),
+                sides.mesh(), total_steps=1,
+            ).init()["params"]["layers"]["attention"]
+        )
+        for seed in (0, 0, 1)
+    )  # fmt: skip
+    for a, b, c in zip(first, again, other, strict=True):
+        assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_rows_are_cut_into_micro_batches_in_their_order():
+    config = sides.run_config(TINY, FP32.compute(), rows=2, accumulate=3)
+    program = step.build(config, sides.mesh(), total_steps=1)
+    rows = np.arange(6 * 5).reshape(6, 5)
+    cut = step.to_device(program, {"inputs": rows}, parts=3)["inputs"]
+    assert np.array_equal(cut, rows.reshape(3, 2, 5))
+
+
+def test_dropout_needs_a_key_and_evaluation_has_none():
+    config = dataclasses.replace(TINY, dropout=0.5)
+    params = cases.spread(TINY, 0, FP32)
+    tokens = cases.text(0, (1, 20), TINY.vocab_size)
+    with torch.no_grad():
+        theirs = sides.theirs(params, TINY, FP32)(torch.from_numpy(tokens)).logits
+    mine = sides.our_logits(params, config, FP32, tokens)
+    np.testing.assert_allclose(mine, theirs.numpy(), rtol=0, atol=2e-5)
