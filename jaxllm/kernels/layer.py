@@ -102,7 +102,7 @@ def decoder_layer(
 
 def _forward(static, h_BTD, weights, freqs_cos, freqs_sin):
     dtype = weights.qkv_DJ.dtype
-    x_BTD = h_BTD.astype(dtype)
+    x_BTD = _narrow(h_BTD, dtype)
     rstd_BT = _rstd(h_BTD, static.eps)
     q, k, v = _split(static, x_BTD @ weights.qkv_DJ, rstd_BT, freqs_cos, freqs_sin)
     out_BTNH, attention_vjp = jax.vjp(
@@ -111,7 +111,7 @@ def _forward(static, h_BTD, weights, freqs_cos, freqs_sin):
     out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
     h_BTD = h_BTD + (out_BTE @ weights.out_D).astype(h_BTD.dtype)
 
-    x_mid_BTD = h_BTD.astype(dtype)
+    x_mid_BTD = _narrow(h_BTD, dtype)
     rstd_mid_BT = _rstd(h_BTD, static.eps)
     gate_BTF, up_BTF = x_mid_BTD @ weights.gate_DF, x_mid_BTD @ weights.up_DF
     act_BTF = _swiglu(gate_BTF, up_BTF, rstd_mid_BT)
@@ -165,6 +165,17 @@ def _backward(static, residuals, dh_BTD):
 decoder_layer.defvjp(_forward, _backward)
 
 
+def _narrow(h_BTD, dtype):
+    """Casts the stream to the products' dtype, for good.
+
+    Without the barrier XLA keeps a float32 stream for the backward pass and casts it
+    again: 102 KiB a token more memory in a 215M model, and 142 more moved.
+    """
+    if h_BTD.dtype == dtype:
+        return h_BTD
+    return jax.lax.optimization_barrier(h_BTD.astype(dtype))
+
+
 def _rstd(h_BTD, eps):
     """One over the root mean square of each token, in at least float32."""
     h = h_BTD.astype(_stat(h_BTD.dtype))
@@ -177,6 +188,8 @@ def _add_norm_gradient(dh_BTD, dx_BTD, x_BTD, rstd_BT, drstd_BT):
     slope_BT = -drstd_BT * rstd_BT**3 / x_BTD.shape[-1]
     total = dh_BTD.astype(stat) + dx_BTD.astype(stat)
     total = total + slope_BT[..., None] * x_BTD.astype(stat)
+    if dh_BTD.dtype == stat:
+        return total
     # Without the barrier XLA keeps a second, float32 copy of a bfloat16 gradient for
     # the next sum of this chain: 216 KiB a token in a 215M model.
     return jax.lax.optimization_barrier(total.astype(dh_BTD.dtype))
