@@ -11,17 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.config import ComputeConfig, ModelConfig, ParallelConfig
 from jaxllm.kernels.cross_entropy import cross_entropy
 from jaxllm.kernels.embedding import embed
 from jaxllm.model import Transformer
-from jaxllm.train.sharding import make_mesh
+from jaxllm.train.sharding import make_mesh, shardings
 from jaxllm.train.step import summed_loss
 
 MODEL = ModelConfig(
-    dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=97, max_seq_len=32
+    dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=98, max_seq_len=32
 )
 
 
@@ -88,7 +89,7 @@ def test_chunked_loss_in_bfloat16_is_better_than_autocast(x64, seed):
     fast = loss_and_grads(
         (*wide, *inputs[2:]), "bfloat16", implementation="chunked", chunk=64
     )
-    cast = autocast_loss_and_grads(*wide, *inputs[2:])
+    cast = autocast_loss_and_grads(wide[0], wide[1], inputs[2], inputs[3])
     for a, b, c, d in zip(
         *map(jax.tree.leaves, (fast, plain, cast, truth)), strict=True
     ):
@@ -187,13 +188,16 @@ def model_loss_and_grads(params, batch, mesh: Mesh | None = None, **changes):
         nnx.eval_shape(lambda: Transformer(MODEL, compute, rngs=nnx.Rngs(0)))
     )
 
-    def f(params):
+    def f(params, batch):
         if mesh is None:
             return summed_loss(graphdef, params, batch)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return summed_loss(graphdef, params, batch)
 
-    return jax.jit(jax.value_and_grad(f))(params)
+    if mesh is not None:
+        params = jax.device_put(params, shardings(mesh, params))
+        batch = jax.device_put(batch, NamedSharding(mesh, P(("data", "fsdp"))))
+    return jax.jit(jax.value_and_grad(f))(params, batch)
 
 
 DOUBLE: dict[str, Any] = {
