@@ -282,6 +282,18 @@ def test_a_vocabulary_larger_than_the_model_is_refused(data, tmp_path):
     assert str(VOCAB) in str(caught.value) and str(VOCAB - 1) in str(caught.value)
 
 
+def test_out_of_memory_says_what_to_change(data, tmp_path, monkeypatch):
+    def full(run, first):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 GiB")
+        yield
+
+    monkeypatch.setattr(loop, "prefetched", full)
+    with pytest.raises(ValueError) as caught:
+        run(tiny(data, tmp_path / "full"))
+    for words in ("--train.accumulate 2", "--compute.remat products", "9 GiB"):
+        assert words in str(caught.value)
+
+
 def test_two_processes_do_not_train_in_one_folder(finished):
     folder = RunFolder(finished.out)
     with folder.locked(), pytest.raises(ValueError, match="is training in"):

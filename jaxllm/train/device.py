@@ -11,8 +11,11 @@ def keep_compiled(folder: Path) -> None:
     """Keeps compiled programs and autotuning results in `folder` for the next start.
 
     XLA's own caches (kernels, autotuning) go there too, so that a resumed run executes
-    the very program of the first start. Call before the first compilation.
+    the very program of the first start. Call before the first compilation. A cache that
+    is set already, such as by JAX_COMPILATION_CACHE_DIR, stays.
     """
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -20,7 +23,7 @@ def keep_compiled(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
 
 
-def out_of_memory(error: Exception, config: RunConfig) -> str | None:
+def out_of_memory(error: BaseException, config: RunConfig) -> str | None:
     """Says what to change when a step does not fit, or None for any other error."""
     if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
         return None

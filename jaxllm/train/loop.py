@@ -14,6 +14,7 @@ import jax
 from jaxllm.config import RunConfig
 from jaxllm.train import events, report
 from jaxllm.train.console import Console
+from jaxllm.train.device import out_of_memory
 from jaxllm.train.metrics import read_jsonl, rewrite_jsonl
 from jaxllm.train.run import Run, describe, describe_data, prepare, versions
 from jaxllm.train.run_folder import RunFolder, decide
@@ -47,10 +48,14 @@ def run(config: RunConfig) -> None:
                     with started.watchdog:
                         state = train(started, state, stop)
                     finish(started, state)
-            except BaseException:
+            except BaseException as error:
                 # A save under way is worth more than a quick death.
                 with contextlib.suppress(CheckpointError):
                     started.checkpoints.close()
+                if isinstance(error, jax.errors.JaxRuntimeError) and (
+                    advice := out_of_memory(error, started.program.config)
+                ):
+                    raise ValueError(advice) from None
                 raise
 
 

@@ -5,7 +5,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxllm import config as configuration
@@ -15,6 +14,7 @@ from jaxllm.data.shards import verify_hashes
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.console import Console
+from jaxllm.train.device import keep_compiled
 from jaxllm.train.metrics import Meter
 from jaxllm.train.run_folder import RunFolder, write_atomically
 from jaxllm.train.step import Program, build
@@ -61,7 +61,7 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
     write_atomically(folder.config, configuration.to_json(config))
     tokenizer.save(folder.tokenizer)
     console.log = folder.log
-    cache_compilations(folder.cache)
+    keep_compiled(folder.cache)
     return Run(
         config=config, folder=folder, console=console, program=program, train=train,
         val=val, tokenizer=tokenizer, token_bytes=token_bytes, total_steps=total_steps,
@@ -125,13 +125,6 @@ def describe(run: Run) -> dict[str, Any]:
 def describe_data(run: Run) -> dict[str, Any]:
     """What must be the same for the order of the data to be the same."""
     return {"rows": run.train.n_rows, "tokenizer": run.tokenizer.sha256}
-
-
-def cache_compilations(folder: Path) -> None:
-    """Keeps compiled programs, so that a second start skips most of the compiling."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def versions() -> dict[str, str]:

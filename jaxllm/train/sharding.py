@@ -29,9 +29,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(
-    parallel: ParallelConfig, devices: Sequence[Any] | None = None
-) -> Mesh:
+def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Arranges `devices` (default: all there are) as data x fsdp x tensor.
 
     Raises: ValueError naming the axes and the number of devices if they don't agree.
