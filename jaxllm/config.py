@@ -231,8 +231,9 @@ class TrainConfig:
     keep_every: int = 0
     """Keep every checkpoint whose step is a multiple of this as well; 0 keeps none."""
     when_finished: Literal["stop", "again"] = "stop"
-    """What a start without --resume does when the run folder holds a finished run:
-    stop says so and ends; again sets the old run aside and trains anew."""
+    """What a start does when the run folder holds a finished run. stop: says so and
+    ends. again: sets the old run aside and trains anew; with --resume it goes on with
+    the old one for as many steps again."""
 
     def __post_init__(self):
         require_choices("train", self)

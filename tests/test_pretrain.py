@@ -155,6 +155,18 @@ def test_a_finished_run_is_left_alone_and_can_be_made_longer(
     assert sorted(losses(Path(config.out))) == list(range(16))
 
 
+def test_a_finished_demo_starts_again_or_goes_on(finished, tmp_path):
+    again = replace(finished.train, when_finished="again")
+    config = replace(finished, out=str(tmp_path / "demo"), train=again)
+    shutil.copytree(finished.out, config.out)
+    run(replace(config, resume=True))
+    assert sorted(losses(Path(config.out))) == list(range(24))
+    assert Checkpoints(tmp_path / "demo" / "checkpoints").steps()[-1] == 24
+    run(replace(config, train=replace(again, steps=2)))
+    assert sorted(losses(tmp_path / "demo" / "archive" / "1")) == list(range(24))
+    assert sorted(losses(Path(config.out))) == [0, 1]
+
+
 def test_fresh_sets_the_old_run_aside_whole(finished, tmp_path):
     config = replace(finished, out=str(tmp_path / "fresh"))
     shutil.copytree(finished.out, config.out)

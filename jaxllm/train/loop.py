@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 
@@ -32,6 +33,10 @@ def run(config: RunConfig) -> None:
     folder = RunFolder(config.out)
     with Console(quiet=jax.process_index() != 0) as console:
         start = decide(folder, config)
+        if start == "finished" and config.resume and _goes_again(config):
+            steps = config.train.steps + (folder.finished_at() or 0)
+            config = replace(config, train=replace(config.train, steps=steps))
+            start = "continue"
         if start == "finished":
             return _say_finished(console, folder)
         mesh = make_mesh(config.parallel)
@@ -220,6 +225,10 @@ def keep_last(run: Run, state: State, step: int) -> None:
     if step not in run.checkpoints.steps():
         run.checkpoints.save(step, state, describe(run))
     run.checkpoints.close()
+
+
+def _goes_again(config: RunConfig) -> bool:
+    return config.train.when_finished == "again" and config.train.steps > 0
 
 
 def _say_finished(console: Console, folder: RunFolder) -> None:
