@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from jaxllm.config import ModelConfig, RunConfig
 from jaxllm.data.batches import Batches
@@ -108,21 +107,14 @@ def compare(steps: int = 1000) -> dict[str, Any]:
     """Runs all three; returns their losses and how far they lie apart."""
     with tempfile.TemporaryDirectory() as folder:
         text, rows = batches(Path(folder), steps)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            fresh = ddp_pretrain.make_model(MODEL, seed=0)
-        state = {name: t.numpy() for name, t in fresh.state_dict().items()}
-        params = cases.from_torch(state, MODEL, FP32)
-        losses = {
-            "ours, float32": our_losses(params, rows, steps),
-            "reference, float32": their_losses(params, rows, steps, FP32),
-            "reference, float64": their_losses(params, rows, steps, FP64),
-        }
-    finally:
-        torch.set_num_threads(threads)
+    fresh = ddp_pretrain.make_model(MODEL, seed=0)
+    state = {name: t.numpy() for name, t in fresh.state_dict().items()}
+    params = cases.from_torch(state, MODEL, FP32)
+    losses = {
+        "ours, float32": our_losses(params, rows, steps),
+        "reference, float32": their_losses(params, rows, steps, FP32),
+        "reference, float64": their_losses(params, rows, steps, FP64),
+    }
     ours, theirs, truth = (np.array(values) for values in losses.values())
     return {
         "text": text,

@@ -1,6 +1,6 @@
 """Runs the ladder on this machine and writes what it found.
 
-    python -m parity_tests.report [--quick] [--out docs]
+    python -m parity_tests.report [--quick | --part NAME] [--out docs]
 
 Writes OUT/parity.md, OUT/parity/parity.json and plots. Every figure in them comes from
 this run or, where a part was left out, from the run named beside it. --quick takes one
@@ -30,6 +30,7 @@ from parity_tests.precision import FP32, PRECISIONS
 from parity_tests.rungs import RUNGS, SEEDS, measure
 
 ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("ladder", "noise", "bf16", "trajectory", "mutants", "real_text")
 COMPILING = ("step ", "fast forms", "mesh", "exported", "init", "accumulation")
 """Rungs that spend their time in the compiler; --quick leaves them out too."""
 
@@ -121,6 +122,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs", help="folder to write to (docs)"
     )
+    parser.add_argument(
+        "--part", choices=PARTS, help="measure this part only and keep the others"
+    )
     args = parser.parse_args()
     folder = args.out / "parity"
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,9 +145,11 @@ def main() -> None:
         }
     results: dict[str, Any] = dict(before.get("parts", {}))
     for name, run in parts.items():
-        if args.quick and name == "ladder" and name in results:
+        if args.quick and not args.part and name == "ladder" and name in results:
             # A quick run replaces the rungs it measured and keeps the others.
             results[name] = _merged(results[name], run(), env["commit"])
+            continue
+        if args.part not in (None, name):
             continue
         results[name] = {"commit": env["commit"], "results": run()}
         # After every part: a run that is cut off has written what it knows.
