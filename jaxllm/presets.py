@@ -22,8 +22,8 @@ def demo() -> RunConfig:
             learning_rate=1.5e-3, min_learning_rate=1.5e-4, warmup_steps=40
         ),
         train=TrainConfig(
-            batch_size=8, steps=200, log_every=10, eval_every=100, eval_rows=64,
-            sample_every=100, save_every=100, when_finished="again",
+            batch_size=8, steps=160, log_every=10, eval_every=80, eval_rows=64,
+            sample_every=80, save_every=80, when_finished="again",
         ),  # fmt: skip
     )  # fmt: skip
 
