@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from jaxllm.data.files import write_atomically
 from jaxllm.train.metrics import read_jsonl
-from jaxllm.train.run_folder import RunFolder, write_atomically
+from jaxllm.train.run_folder import RunFolder
 
 
 def write_plot(folder: RunFolder) -> Path | None:
@@ -41,7 +42,8 @@ def write_plot(folder: RunFolder) -> Path | None:
 
 def write_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
     """Writes summary.json, whose `finished` marks the run as complete."""
-    write_atomically(folder.summary, json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(summary, indent=2) + "\n"
+    write_atomically(folder.summary, text.encode())
 
 
 def contents(folder: RunFolder) -> list[str]:

@@ -10,13 +10,14 @@ import numpy as np
 from jaxllm import config as configuration
 from jaxllm.config import RunConfig
 from jaxllm.data.batches import Batches
+from jaxllm.data.files import write_atomically
 from jaxllm.data.shards import verify_hashes
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.console import Console
 from jaxllm.train.device import keep_compiled
 from jaxllm.train.metrics import Meter
-from jaxllm.train.run_folder import RunFolder, write_atomically
+from jaxllm.train.run_folder import RunFolder
 from jaxllm.train.step import Program, build
 from jaxllm.train.watchdog import Watchdog
 
@@ -58,7 +59,7 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
     token_bytes = np.zeros(config.model.vocab_size, np.int32)
     token_bytes[: tokenizer.vocab_size] = tokenizer.token_bytes()
     folder.summary.unlink(missing_ok=True)
-    write_atomically(folder.config, configuration.to_json(config))
+    write_atomically(folder.config, configuration.to_json(config).encode())
     tokenizer.save(folder.tokenizer)
     console.log = folder.log
     keep_compiled(folder.cache)

@@ -196,13 +196,3 @@ def _identity(config: RunConfig) -> dict[str, Any]:
         # Then the cut into micro-batches changes nothing but rounding.
         del same["train.accumulate"]
     return same
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that a reader finds the old one or the new, whole."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
