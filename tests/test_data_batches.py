@@ -321,3 +321,25 @@ def test_a_folder_named_twice_in_a_mixture_is_refused():
 def test_isolation_of_single_document_rows_is_refused(folder):
     with pytest.raises(ValueError, match="data.isolate_documents"):
         Batches(folder, layout="rows", seq_len=8, batch_size=1, isolate_documents=True)
+
+
+@pytest.mark.parametrize("layout", ["packed", "rows"])
+def test_the_documents_of_a_batch_are_those_its_tokens_are_from(folder, second, layout):
+    mixture = f"{folder}=0.6,{second}=0.4"
+    batches = Batches(mixture, layout=layout, seq_len=24, batch_size=16, seed=3)
+    texts = {place: documents_of(place, "train") for place in (folder, second)}
+    for step in (0, 9):
+        batch = batches[step]
+        for row, (place, first, last) in enumerate(batches.documents(step)):
+            n = int(batch["loss_mask"][row].sum())
+            tokens = [*batch["inputs"][row][:n], batch["targets"][row][n - 1]]
+            joined = sum(texts[place][first : last + 1], [])
+            at = [
+                i for i in range(len(joined)) if joined[i : i + len(tokens)] == tokens
+            ]
+            assert at, (row, place, first, last)
+            # Neither document could be left out.
+            assert any(i < len(texts[place][first]) for i in at)
+            assert any(
+                i + len(tokens) > len(joined) - len(texts[place][last]) for i in at
+            )

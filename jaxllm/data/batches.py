@@ -50,6 +50,12 @@ class PackedRows(Sequence):
             row["loss_mask"][:n] = document[1:] == document[:-1]
         return row
 
+    def documents(self, index: int) -> tuple[int, int]:
+        """The first and the last document of which a row has tokens."""
+        first = index * self.seq_len
+        last = min(first + self.seq_len, self.stream.n_tokens - 1)
+        return self.stream.document_at(first), self.stream.document_at(last)
+
     @property
     def n_targets(self) -> int:
         """Targets that bear loss, in all rows together."""
@@ -72,6 +78,10 @@ class DocumentRows(Sequence):
         start, end = self.stream.bounds(int(index))
         length = min(end - 1 - start, self.seq_len + 1)
         return _shifted(self.stream.read(start, length), self.seq_len)
+
+    def documents(self, index: int) -> tuple[int, int]:
+        """The first and the last document of which a row has tokens."""
+        return index, index
 
     @cached_property
     def n_targets(self) -> int:
@@ -144,9 +154,8 @@ class Batches:
         ]
         self.n_rows = sum(map(len, self.rows))
         """Rows of one epoch."""
-        self._stream = endless_rows(
-            self.rows, [weight for _, weight in self.mixture], seed, shuffle
-        )
+        self._order = ([weight for _, weight in self.mixture], seed, shuffle)
+        self._stream = endless_rows(self.rows, *self._order)
 
     @cached_property
     def n_tokens(self) -> int:
@@ -174,6 +183,33 @@ class Batches:
             raise IndexError(f"step {step} has no rows {rows}")
         parts = [self._stream[index] for index in indices]
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def documents(self, step: int) -> list[tuple[Path, int, int]]:
+        """Says where the rows of a batch come from: for each the data folder, and the
+        first and last document of the split there, counted from 0."""
+        places = endless_rows(
+            [_Places(i, len(rows)) for i, rows in enumerate(self.rows)], *self._order
+        )
+        found = []
+        for index in range(step * self.batch_size, (step + 1) * self.batch_size):
+            folder, row = places[index]
+            first, last = self.rows[folder].documents(row)
+            found.append((self.manifests[folder].folder, first, last))
+        return found
+
+
+class _Places(Sequence):
+    """Stands for the rows of a folder where only their places matter."""
+
+    def __init__(self, folder: int, n_rows: int):
+        self.folder = folder
+        self.n_rows = n_rows
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __getitem__(self, index: Any) -> tuple[int, int]:
+        return self.folder, int(index)
 
 
 def parse_mixture(folder: str | os.PathLike[str]) -> list[tuple[Path, float]]:

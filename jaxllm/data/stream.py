@@ -56,6 +56,17 @@ class TokenStream:
         base = self._first_token[shard]
         return base + (int(ends[0]) if i else 0), base + int(ends[-1])
 
+    def document_at(self, position: int) -> int:
+        """Gives the document that holds the token at a position."""
+        shard = bisect_right(self._first_token, position, hi=len(self._tokens)) - 1
+        at = position - self._first_token[shard]
+        block = max(int(np.searchsorted(self._sparse(shard), at, side="right")) - 1, 0)
+        first = block * _BLOCK
+        n = self._first_document[shard + 1] - self._first_document[shard]
+        ends = self._ends[shard].read(first, min(_BLOCK, n - first), INDEX_DTYPE)
+        within = first + int(np.searchsorted(ends, at, side="right"))
+        return self._first_document[shard] + within
+
     def ends_between(self, start: int, stop: int) -> np.ndarray:
         """Gives the document ends e with start < e < stop, ascending: int64 [n]."""
         found = []
