@@ -16,6 +16,7 @@ from jaxllm.compute import Dtype as Dtype
 from jaxllm.fields import from_dict as from_dict
 from jaxllm.fields import require_choices, require_int
 from jaxllm.fields import to_json as to_json
+from jaxllm.guard import GuardConfig
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self):
         if self.resume and self.fresh:

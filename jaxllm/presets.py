@@ -4,6 +4,11 @@ import dataclasses
 from collections.abc import Callable
 
 from jaxllm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from jaxllm.guard import GuardConfig
+
+# Far above what training shows by itself (3 in 200 steps of the demo), far below the
+# spikes that undo days. None where a run is compared with PyTorch's, step by step.
+SPIKES = GuardConfig(spike_factor=10.0)
 
 
 def demo() -> RunConfig:
@@ -25,6 +30,7 @@ def demo() -> RunConfig:
             batch_size=8, steps=160, log_every=10, eval_every=80, eval_rows=64,
             sample_every=80, save_every=80, when_finished="again",
         ),  # fmt: skip
+        guard=SPIKES,
     )  # fmt: skip
 
 
@@ -40,6 +46,7 @@ def k_215m() -> RunConfig:
         model=ModelConfig(),
         optim=OptimConfig(learning_rate=6e-4, min_learning_rate=6e-5, warmup_steps=100),
         train=TrainConfig(batch_size=128, log_every=10, save_every=500),
+        guard=SPIKES,
     )
 
 
@@ -71,6 +78,7 @@ def _as_the_seed(config: RunConfig, *, out: str) -> RunConfig:
         train=dataclasses.replace(
             config.train, batch_size=32, log_every=100, when_finished="stop"
         ),
+        guard=GuardConfig(),
     )  # fmt: skip
 
 

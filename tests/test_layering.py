@@ -15,7 +15,7 @@ LONGEST_FILE = 330
 # A module may import from its own storey and from those below.
 STOREYS = (
     ("jaxllm.fields",),
-    ("jaxllm.compute",),
+    ("jaxllm.compute", "jaxllm.guard"),
     ("jaxllm.config",),
     ("jaxllm.presets",),
     ("jaxllm.kernels", "jaxllm.data"),
@@ -27,6 +27,7 @@ STOREYS = (
 WITHOUT_JAX = (
     "jaxllm.fields",
     "jaxllm.compute",
+    "jaxllm.guard",
     "jaxllm.config",
     "jaxllm.presets",
     "jaxllm.convert",

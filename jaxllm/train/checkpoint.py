@@ -34,12 +34,14 @@ from jaxllm.train.manifest import (
     state_bytes,
     verify_arrays,
 )
-from jaxllm.train.processes import agree, from_first, is_first, one_line
+from jaxllm.train.processes import agree, is_first, one_line
 from jaxllm.train.seal import forget_cached, seal, sync_folder
 from jaxllm.train.step_folders import (
     UNFINISHED,
     CheckpointError,
+    agreed_candidates,
     candidates,
+    discard,
     list_steps,
     make_unfinished,
     newest_whole,
@@ -168,11 +170,20 @@ class Checkpoints:
             lambda folder, candidate: read_manifest(folder, candidate)["meta"],
         )[1]
 
-    def restore(self, abstract: dict, *, step: int | None = None) -> Restored:
+    def restore(
+        self,
+        abstract: dict,
+        *,
+        step: int | None = None,
+        at_most: int | None = None,
+        optional: tuple[str, ...] = (),
+    ) -> Restored:
         """Loads `step`, or without it the newest step that proves undamaged.
 
         `abstract` is a nested dict of ShapeDtypeStruct; each array is put under its
         sharding, whatever mesh it was saved from (without one, on the first device).
+        Steps above `at_most` are looked at only if there is no other; what is
+        `optional` in the state is left out where the checkpoint or `abstract` lacks it.
         A damaged step is passed over with a warning that names it and the reason, and
         set aside as damaged-<step> by the next save; an explicit step is not replaced.
 
@@ -184,8 +195,8 @@ class Checkpoints:
             _warn("%s", self._failure)
         chosen, (state, meta), skipped = newest_whole(
             self.folder,
-            self._agreed_candidates(step),
-            lambda folder, candidate: load_step(folder, candidate, abstract),
+            agreed_candidates(self.folder, step, at_most),
+            lambda folder, candidate: load_step(folder, candidate, abstract, optional),
         )
         self._damaged = {candidate for candidate, _ in skipped}
         return Restored(chosen, state, meta, skipped)
@@ -203,17 +214,26 @@ class Checkpoints:
             lambda folder, candidate: load_arrays(folder, candidate, prefix),
         )[:2]
 
-    def _agreed_candidates(self, step: int | None) -> list[int]:
-        # Listed by one for all: another process may not see the latest rename yet.
-        problem, found = "", ""
+    def rewind(self, step: int) -> None:
+        """Deletes the steps above `step`, the newest first, which is to be known whole.
+
+        Dead in the middle of it, a run goes on from a step that is left.
+
+        Raises: CheckpointError, on every process alike.
+        """
+        self._join()
+        problem = ""
         if is_first():
             try:
-                found = " ".join(map(str, candidates(self.folder, step)))
-            except CheckpointError as error:
-                problem = str(error)
+                self._unfinished.mkdir(exist_ok=True)
+                for newer in [s for s in self.steps()[::-1] if s > step]:
+                    remove = set_aside if newer in self._damaged else discard
+                    remove(self.folder, newer)
+            except OSError as error:
+                problem = f"cannot go back to checkpoint {step}: {one_line(error)}"
         if problem := agree(problem):
             raise CheckpointError(problem)
-        return [int(step) for step in from_first(found).split()]
+        self._damaged = {damaged for damaged in self._damaged if damaged <= step}
 
     def _make_ready(self, step: int, state: dict) -> None:
         """Prepares the folder for a save; one process does it for all.

@@ -1,6 +1,7 @@
 """What happens every so many steps: log lines, evaluations, text samples."""
 
 import contextlib
+import math
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
     """Reads the figures of the steps up to `step`, and shows those of `step`."""
     taken = run.pending[: len(run.pending) - keep]
     run.pending = run.pending[len(run.pending) - keep :]
-    if not taken:
+    if not taken or run.position.tripped:  # what followed is undone
         return
     # Waits for the devices to finish the newest of these steps.
     figures = jax.device_get([metrics for _, metrics in taken])
@@ -40,13 +41,30 @@ def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
     records: list[dict[str, Any]] = []
     for index, one in enumerate(figures, start=step - len(taken) + 1):
         values = {name: value.item() for name, value in one.items()}
+        bad = why_bad(values) if values["skipped"] else ""
+        if not bad:  # then the bounds are of no interest
+            values = {n: v for n, v in values.items() if not n.endswith("_bound")}
         records.append({"step": index} | values)
-        if values["skipped"]:
-            run.console.say(f"step {index} was skipped: loss {values['loss']}")
+        if bad:
+            batch = index + run.position.data_offset
+            run.console.say(f"step {index} was skipped (batch {batch}): {bad}")
+        run.position.observe(index, bad=bad, limit=run.config.guard.bad_steps)
+        if run.position.tripped:
+            break
     run.meter.stepped(sum(count for count, _ in taken), steps=len(taken))
-    if show:
+    if show and not run.position.tripped:
         records[-1] |= _show(run, step, records[-1])
     record(run, records)
+
+
+def why_bad(figures: dict[str, float]) -> str:
+    """Says what was wrong with the figures of a skipped step."""
+    parts = []
+    for name, words in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        value, bound = figures[name], figures.get(f"{name}_bound", math.inf)
+        beyond = f" (bound {bound:.4g})" if value > bound else ""
+        parts.append(f"{words} {value:.4g}{beyond}")
+    return ", ".join(parts)
 
 
 def record(run: Run, records: list[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import jax
 
@@ -16,8 +17,11 @@ from jaxllm.config import RunConfig
 from jaxllm.train import events, report
 from jaxllm.train.console import Console
 from jaxllm.train.device import out_of_memory
+from jaxllm.train.incidents import describe as describe_incidents
 from jaxllm.train.metrics import read_jsonl, rewrite_jsonl
-from jaxllm.train.run import Run, describe, describe_data, prepare, versions
+from jaxllm.train.position import Position
+from jaxllm.train.rollback import Diverged, roll_back
+from jaxllm.train.run import Run, describe, describe_data, prepare, restore, versions
 from jaxllm.train.run_folder import RunFolder, decide
 from jaxllm.train.sharding import make_mesh
 from jaxllm.train.step import Batch, State, to_device
@@ -57,6 +61,10 @@ def run(config: RunConfig) -> None:
                 # A save under way is worth more than a quick death.
                 with contextlib.suppress(CheckpointError):
                     started.checkpoints.close()
+                if isinstance(error, Diverged):
+                    records = read_jsonl(folder.metrics)
+                    steps = started.checkpoints.steps()
+                    write_summary(started, max(steps, default=0), records)
                 if isinstance(error, jax.errors.JaxRuntimeError) and (
                     advice := out_of_memory(error, started.program.config)
                 ):
@@ -68,7 +76,7 @@ def restore_or_init(run: Run, *, resuming: bool) -> State:
     """The newest state that verifies, or a fresh one."""
     if not resuming:
         return run.program.init()
-    restored = run.checkpoints.restore(run.program.abstract_state)
+    restored = restore(run)
     trained_on = restored.meta["data"]
     if trained_on != (now := describe_data(run)):
         raise ValueError(
@@ -76,6 +84,9 @@ def restore_or_init(run: Run, *, resuming: bool) -> State:
             f"than {run.config.data.path} holds now ({now}): give its --data.path"
         )
     step = restored.step
+    run.position = Position.from_meta(restored.meta)
+    lost_s = run.alive_at - run.folder.saved_at(step)
+    run.incidents.note("resumed", step=step, lost_s=lost_s)
     if restored.meta["total_steps"] != run.total_steps:
         run.console.say(
             f"note: the run is now {run.total_steps} steps long, not "
@@ -88,19 +99,47 @@ def restore_or_init(run: Run, *, resuming: bool) -> State:
 
 
 def train(run: Run, state: State, stop: Stop) -> State:
+    """Steps to the end, or until asked to stop; the state is saved by then.
+
+    Raises: Diverged when going back does not help any more.
+    """
+    begin(run, state)
+    while True:
+        state = advance(run, state, stop)
+        if run.position.tripped is None:
+            return state
+        del state  # there may be no room for two
+        state = roll_back(run)
+
+
+def begin(run: Run, state: State) -> None:
+    """Saves and measures the state before the first step of this start, where the run
+    has not done so yet."""
+    first = int(state["step"])
+    if first == 0 and first not in run.checkpoints.steps():
+        # The initial weights, for comparisons, and proof that saving works here before
+        # hours depend on it.
+        run.checkpoints.save(first, state, describe(run))
+        run.checkpoints.wait()
+    if first == 0 or (
+        _due(first, run.config.train.eval_every)
+        and not any(
+            r["step"] == first and "val_loss" in r
+            for r in read_jsonl(run.folder.metrics)
+        )
+    ):
+        events.validate(run, state, first)
+    run.trained_s_at[first] = run.meter.trained_s
+
+
+def advance(run: Run, state: State, stop: Stop) -> State:
     """The step loop: fetch, step, and every so often log, save, evaluate, sample.
 
-    Ends before the last step, with the state saved, when it is asked to stop.
+    Ends before the last step when it is asked to stop, with the state saved, or when
+    `run.position` has tripped.
     """
     options, total = run.config.train, run.total_steps
     first = int(state["step"])
-    if first == 0:
-        # The initial weights, for comparisons, and proof that saving works here before
-        # hours depend on it.
-        if first not in run.checkpoints.steps():
-            run.checkpoints.save(first, state, describe(run))
-            run.checkpoints.wait()
-        events.validate(run, state, first)
     run.meter.resume()
     for step, batch, n_tokens, waited in prefetched(run, first):
         run.meter.waited(waited)
@@ -114,8 +153,12 @@ def train(run: Run, state: State, stop: Stop) -> State:
             events.log(run, step - 1, keep=1)
         if step == first:
             events.log(run, step)
-        if last or stopping or done % options.save_every == 0:
+        saving = last or stopping or done % options.save_every == 0
+        if saving:
             events.log(run, step, show=last or stopping)
+        if run.position.tripped:
+            break
+        if saving:
             with run.watchdog.paused():
                 save(run, state, done)
         if stopping:
@@ -135,8 +178,10 @@ def prefetched(run: Run, first: int) -> Iterator[tuple[int, Batch, int, float]]:
     Yields the step, its batch, its tokens that bear loss, and the seconds waited.
     """
 
+    offset = run.position.data_offset
+
     def read(step: int):
-        batch = run.train[step]
+        batch = run.train[step + offset]
         n_tokens = int(batch["loss_mask"].sum())
         parts = run.config.train.accumulate
         return to_device(run.program, batch, parts=parts), n_tokens
@@ -171,8 +216,8 @@ def save(run: Run, state: State, step: int) -> None:
             run.checkpoints.save(step, state, describe(run))
             break
         except CheckpointError as error:
-            run.console.say(f"WARNING: {error}")
-            run.failed_saves.append(str(error))
+            run.save_failed(error)
+    run.trained_s_at[step] = run.meter.trained_s
     run.meter.resume()
 
 
@@ -186,20 +231,10 @@ def finish(run: Run, state: State) -> None:
     records = read_jsonl(run.folder.metrics)
     evaluated = [record for record in records if "val_bpb" in record]
     finished = step == run.total_steps
-    summary = {
-        "finished": finished,
-        "step": step,
-        "parameters": run.config.model.n_params,
-        "trained_s": round(run.meter.trained_s, 3),
-        "skipped_steps": sum(record.get("skipped", 0) for record in records),
-        "failed_saves": run.failed_saves,
-        "first_evaluation": evaluated[0] if evaluated else None,
-        "last_evaluation": evaluated[-1] if evaluated else None,
-        "versions": versions(),
-    }
-    report.write_plot(run.folder)
-    report.write_summary(run.folder, summary)
+    draw(run)
+    happened = write_summary(run, step, records)
     say = run.console.say
+    say("what happened:\n" + "\n".join(describe_incidents(happened)))
     if not finished:
         say(f"stopped after step {step} of {run.total_steps}; everything is saved")
         return say(f"continue:  {report.resume_command(run.folder)}")
@@ -212,6 +247,38 @@ def finish(run: Run, state: State) -> None:
     say("next:\n" + "\n".join(report.next_commands(run.folder, steps=step)))
 
 
+def draw(run: Run) -> None:
+    """Draws the loss curve; a run is not lost for want of a picture."""
+    try:
+        report.write_plot(run.folder)
+    except Exception as error:  # whatever a plotting library can raise
+        run.console.say(f"WARNING: no plot was drawn: {error}")
+        run.incidents.note("plot_failed", error=str(error))
+
+
+def write_summary(run: Run, step: int, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Writes summary.json after `step` steps; returns what happened, counted."""
+    evaluated = [record for record in records if "val_bpb" in record]
+    undone = [r["last_batch"] + 1 - r["first_batch"] for r in run.position.rollbacks]
+    skipped = sum(record.get("skipped", 0) for record in records) + sum(undone)
+    happened = {"skipped_steps": skipped} | run.incidents.report()
+    summary = {
+        "finished": step == run.total_steps,
+        "step": step,
+        "parameters": run.config.model.n_params,
+        "trained_s": round(run.meter.trained_s, 3),
+        "skipped_steps": skipped,
+        "failed_saves": run.failed_saves,
+        "what_happened": happened,
+        "rollbacks": run.position.rollbacks,
+        "first_evaluation": evaluated[0] if evaluated else None,
+        "last_evaluation": evaluated[-1] if evaluated else None,
+        "versions": versions(),
+    }
+    report.write_summary(run.folder, summary)
+    return happened
+
+
 def keep_last(run: Run, state: State, step: int) -> None:
     """Makes sure that the last state is on disk, by another save if the first failed.
 
@@ -220,8 +287,7 @@ def keep_last(run: Run, state: State, step: int) -> None:
     try:
         run.checkpoints.wait()
     except CheckpointError as error:
-        run.console.say(f"WARNING: {error}")
-        run.failed_saves.append(str(error))
+        run.save_failed(error)
     if step not in run.checkpoints.steps():
         run.checkpoints.save(step, state, describe(run))
     run.checkpoints.close()

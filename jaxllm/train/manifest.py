@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.train.digest import digest_array, digest_state, flatten
 from jaxllm.train.processes import agree, is_first, one_line
@@ -135,8 +136,13 @@ def _read_array(folder: Path, path: str, expected: dict) -> np.ndarray:
     return array
 
 
-def load_step(folder: Path, step: int, abstract: dict) -> tuple[dict, dict]:
+def load_step(
+    folder: Path, step: int, abstract: dict, optional: tuple[str, ...] = ()
+) -> tuple[dict, dict]:
     """Returns the state, on its devices, and the meta of the checkpoint in `folder`.
+
+    What is `optional` at the top of the state is left out where the checkpoint or
+    `abstract` lacks it.
 
     Raises: Damaged, on every process alike, unless the state proves to be the one that
     was saved; CheckpointError when it is, but is not of the form of `abstract`.
@@ -154,10 +160,11 @@ def load_step(folder: Path, step: int, abstract: dict) -> tuple[dict, dict]:
     # Agreed on before Orbax reads, whose barriers would leave the others waiting.
     if problem := agree(problem):
         raise Damaged(problem)
-    require_same_arrays(step, manifest, abstract)
+    wanted = _with_optional(manifest, abstract, optional)
+    require_same_arrays(step, manifest, wanted)
     try:
         with ocp.StandardCheckpointer() as reader:
-            state = reader.restore(folder / "state", with_shardings(abstract))
+            state = reader.restore(folder / "state", with_shardings(wanted))
     except Exception as error:
         problem = one_line(error)
     if problem := agree(problem):
@@ -166,7 +173,33 @@ def load_step(folder: Path, step: int, abstract: dict) -> tuple[dict, dict]:
     for path, digest in digest_state(state).items():
         if digest != manifest["arrays"][path]["digest"]:
             raise Damaged(f"array {path} arrived otherwise than it was saved")
+    state = {name: part for name, part in state.items() if name in abstract}
     return state, manifest["meta"]
+
+
+def _with_optional(manifest: dict, abstract: dict, optional: tuple[str, ...]) -> dict:
+    """The shapes to ask a checkpoint for: all that it holds, and whatever it lacks
+    unless that is optional."""
+    held = manifest["arrays"]
+    there = {path.partition("/")[0] for path in held}
+    wanted = {
+        name: part
+        for name, part in abstract.items()
+        if name in there or name not in optional
+    }
+    # Read, proven and dropped: Orbax restores a step as a whole.
+    layout = getattr(next(iter(flatten(abstract).values()), None), "sharding", None)
+    if isinstance(layout, NamedSharding):
+        layout = NamedSharding(layout.mesh, PartitionSpec())
+    for name in sorted(there.intersection(optional).difference(abstract)):
+        wanted[name] = {}
+        for path, entry in held.items():
+            top, _, below = path.partition("/")
+            if top == name:
+                wanted[name][below] = jax.ShapeDtypeStruct(
+                    entry["shape"], np.dtype(entry["dtype"]), sharding=layout
+                )
+    return wanted
 
 
 def state_bytes(abstract: dict) -> int:

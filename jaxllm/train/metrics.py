@@ -154,7 +154,10 @@ def append_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path, *, before_step: int | None = None) -> list[dict[str, Any]]:
-    """Reads JSON lines, without a torn last line and without steps from a limit on."""
+    """Reads JSON lines, without a torn last line and without steps from a limit on.
+
+    Step s is the step after s updates; an evaluation at s is that of the state before.
+    """
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -162,7 +165,9 @@ def read_jsonl(path: Path, *, before_step: int | None = None) -> list[dict[str, 
                 record = json.loads(line)
             except ValueError:
                 continue
-            if before_step is None or record.get("step", -1) < before_step:
+            step = record.get("step", -1)
+            evaluation = "val_loss" in record and step == before_step != 0
+            if before_step is None or step < before_step or evaluation:
                 records.append(record)
     return records
 

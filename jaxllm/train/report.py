@@ -56,6 +56,7 @@ def contents(folder: RunFolder) -> list[str]:
         "cache": "compiled programs",
         "train.log": "the log",
         "metrics.jsonl": "every step's figures",
+        "incidents.jsonl": "what went wrong",
         "samples.txt": "text samples",
         "loss.png": "the loss curve",
         "summary.json": "how the run ended",

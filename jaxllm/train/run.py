@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxllm import config as configuration
@@ -13,10 +14,13 @@ from jaxllm.data.batches import Batches
 from jaxllm.data.files import write_atomically
 from jaxllm.data.shards import verify_hashes
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.train.checkpoint import Checkpoints
+from jaxllm.train import guard
+from jaxllm.train.checkpoint import Checkpoints, Restored
 from jaxllm.train.console import Console
 from jaxllm.train.device import keep_compiled
+from jaxllm.train.incidents import Incidents
 from jaxllm.train.metrics import Meter
+from jaxllm.train.position import Position
 from jaxllm.train.run_folder import RunFolder
 from jaxllm.train.step import Program, build
 from jaxllm.train.watchdog import Watchdog
@@ -37,9 +41,21 @@ class Run:
     checkpoints: Checkpoints
     total_steps: int
     watchdog: Watchdog
+    incidents: Incidents
+    alive_at: float
+    """When an earlier start last gave a sign of life, in seconds of the epoch, or 0."""
+    position: Position = field(default_factory=Position)
     meter: Meter = field(default_factory=Meter)
     pending: list[tuple[int, dict]] = field(default_factory=list)
     failed_saves: list[str] = field(default_factory=list)
+    trained_s_at: dict[int, float] = field(default_factory=dict)
+    """What the meter showed when each step was saved."""
+
+    def save_failed(self, error: Exception) -> None:
+        """Says and counts a failed save, which stops nothing."""
+        self.console.say(f"WARNING: {error}")
+        self.failed_saves.append(str(error))
+        self.incidents.note("failed_save", error=str(error))
 
 
 def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -> Run:
@@ -61,6 +77,7 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
     folder.summary.unlink(missing_ok=True)
     write_atomically(folder.config, configuration.to_json(config).encode())
     tokenizer.save(folder.tokenizer)
+    alive_at = folder.last_sign_of_life()
     console.log = folder.log
     keep_compiled(folder.cache)
     return Run(
@@ -71,7 +88,30 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
             keep_every=config.train.keep_every,
         ),
         watchdog=Watchdog(report=folder.stacks, say=console.say),
+        incidents=Incidents(folder.incidents), alive_at=alive_at,
     )  # fmt: skip
+
+
+def restore(run: Run, *, at_most: int | None = None) -> Restored:
+    """Loads the newest state that verifies, and the position that belongs to it.
+
+    A guard that the checkpoint does not have, since it is older than guards or its run
+    had none, begins anew; one that this run does not have is left behind.
+
+    Raises: CheckpointError.
+    """
+    abstract = run.program.abstract_state
+    found = run.checkpoints.restore(abstract, at_most=at_most, optional=("guard",))
+    for step, reason in found.skipped:
+        run.incidents.note("fell_back", step=step, reason=reason)
+    if "guard" in abstract and "guard" not in found.state:
+        run.console.say(
+            f"note: checkpoint {found.step} has no guard: the bound on spikes is off "
+            f"until {guard.LEAST} steps are known"
+        )
+        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["guard"])
+        found.state["guard"] = jax.jit(guard.init, out_shardings=layout)()
+    return found
 
 
 def demo_data(folder: RunFolder, config: RunConfig, console: Console) -> Path:
@@ -118,6 +158,7 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "config": asdict(run.config),
         "total_steps": run.total_steps,
+        "position": run.position.to_meta(),
         "data": describe_data(run),
         "versions": versions(),
     }

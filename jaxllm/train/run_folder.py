@@ -6,6 +6,8 @@ data/            token shards of the demo corpus, where the run made its own
 checkpoints/     one folder a step
 cache/           compiled programs
 train.log        the log lines; metrics.jsonl every step's figures; samples.txt
+incidents.jsonl  what went wrong, over all restarts
+diagnosis.json   which data was bad, if the run gave up
 stacks.txt       where every thread stood, if the run ever hung
 loss.png         the loss curve
 summary.json     written last: how the run ended
@@ -28,7 +30,7 @@ Start = Literal["new", "continue", "finished"]
 
 # What may differ between two starts of one run: how it is computed, shown and kept.
 FREE_FIELDS = {
-    "": ("out", "resume", "fresh", "compute", "parallel"),
+    "": ("out", "resume", "fresh", "compute", "parallel", "guard"),
     "data": ("path", "verify"),
     "train": (
         "steps", "epochs", "log_every", "eval_every", "eval_rows", "sample_every",
@@ -51,6 +53,8 @@ class RunFolder:
         self.cache = self.path / "cache"
         self.log = self.path / "train.log"
         self.metrics = self.path / "metrics.jsonl"
+        self.incidents = self.path / "incidents.jsonl"
+        self.diagnosis = self.path / "diagnosis.json"
         self.samples = self.path / "samples.txt"
         self.stacks = self.path / "stacks.txt"
         self.plot = self.path / "loss.png"
@@ -111,6 +115,15 @@ class RunFolder:
             raise ValueError(f"{self.config} cannot be read: {error}") from None
         return configuration.from_dict(RunConfig, values, where=str(self.config))
 
+    def last_sign_of_life(self) -> float:
+        """When a run last wrote a figure or a line here, in seconds of the epoch; 0 if
+        it never did."""
+        return max(map(_changed_at, (self.log, self.metrics)))
+
+    def saved_at(self, step: int) -> float:
+        """When a checkpoint was sealed, in seconds of the epoch."""
+        return _changed_at(self.checkpoints / str(step) / "SHA256SUMS")
+
     def has_checkpoint(self) -> bool:
         """Whether anything was ever saved here."""
         return self.checkpoints.is_dir() and any(
@@ -140,6 +153,13 @@ class RunFolder:
                 child.rename(target / child.name)
         self.config.rename(target / "config.json")
         return target
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def decide(folder: RunFolder, config: RunConfig) -> Start:

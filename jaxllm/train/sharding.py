@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/(attention|ffn)_norm/weight$", P()),
     (r"(^|/)norm/weight$", P()),
     (r"output/kernel$", P("fsdp", "tensor")),
-    (r"^(step|opt/count)$", P()),
+    (r"^(step|opt/count|guard/(seen|logs))$", P()),
 )
 
 

@@ -1,7 +1,8 @@
 """The train state, and what is compiled: init, train_step, eval_step.
 
-State is a nested dict of arrays: step, params, and opt with count, m and v. Batches
-are dicts of (A, B, T) arrays: A micro-batches of B rows of T tokens.
+State is a nested dict of arrays: step, params, opt with count, m and v, and guard where
+spikes are skipped. Batches are dicts of (A, B, T) arrays: A micro-batches of B rows of
+T tokens.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.config import ComputeConfig, RunConfig
 from jaxllm.kernels.cross_entropy import cross_entropy
 from jaxllm.model import Transformer
-from jaxllm.train import optim
+from jaxllm.train import guard, optim
 from jaxllm.train.sharding import batch_sharding, check_divides, shardings
 
 State = dict[str, Any]
@@ -57,11 +58,12 @@ def build(config: RunConfig, mesh: Mesh, *, total_steps: int) -> Program:
 
     def init() -> State:
         params = nnx.to_pure_dict(create()[1])
-        return {
+        state = {
             "step": jnp.zeros((), jnp.int32),
             "params": params,
             "opt": optim.init(params),
         }
+        return state | ({"guard": guard.init()} if config.guard.spike_factor else {})
 
     abstract = jax.eval_shape(init)
     layout = shardings(mesh, abstract)
@@ -136,8 +138,8 @@ def update_state(
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update: mean loss, gradient, clip, Adam; a pure function.
 
-    A step whose loss or gradient is not finite leaves params and opt as they were
-    (`skipped` is 1); `step`, which is also the data position, always moves on.
+    A step whose loss or gradient is not finite, or beyond the bounds of a state with a
+    guard, leaves params and opt as they were (`skipped` is 1); `step` always moves on.
     """
     step = state["step"]
     loss, grads = loss_and_grads(config, graphdef, state["params"], batch, step)
@@ -159,6 +161,14 @@ def _apply(
         config.optim, state["params"], grads, state["opt"], lr, clip
     )
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    guarded, bounds = {}, {}
+    if "guard" in state:
+        after, kept, (loss_bound, norm_bound) = guard.judge(
+            config.guard.spike_factor, state["guard"], loss, norm
+        )
+        good &= kept
+        guarded = {"guard": after}
+        bounds = {"loss_bound": loss_bound, "grad_norm_bound": norm_bound}
     params, opt = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),
         (params, opt),
@@ -172,7 +182,8 @@ def _apply(
         "tokens": jnp.sum(batch["loss_mask"].astype(jnp.int32)),
         "skipped": 1 - good.astype(jnp.int32),
     }
-    return {"step": step + 1, "params": params, "opt": opt}, metrics
+    state = {"step": step + 1, "params": params, "opt": opt} | guarded
+    return state, metrics | bounds
 
 
 def loss_and_grads(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from jaxllm.train.processes import is_first, one_line
+from jaxllm.train.processes import agree, from_first, is_first, one_line
 from jaxllm.train.seal import Damaged
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,27 @@ def candidates(folder: Path, step: int | None) -> list[int]:
         there = f"there are {', '.join(map(str, steps))}" if steps else "it is empty"
         raise CheckpointError(f"no checkpoint {step} in {folder}: {there}")
     return [step]
+
+
+def agreed_candidates(folder: Path, step: int | None, at_most: int | None) -> list[int]:
+    """Lists `candidates` by one process for all, since another may not see the latest
+    rename yet. Those above `at_most` are left out, unless that leaves none: then the
+    oldest stays.
+
+    Raises: CheckpointError, on every process alike, when there is none.
+    """
+    problem, found = "", ""
+    if is_first():
+        try:
+            listed = candidates(folder, step)
+            if at_most is not None:
+                listed = [s for s in listed if s <= at_most] or listed[-1:]
+            found = " ".join(map(str, listed))
+        except CheckpointError as error:
+            problem = str(error)
+    if problem := agree(problem):
+        raise CheckpointError(problem)
+    return [int(step) for step in from_first(found).split()]
 
 
 def newest_whole(
@@ -133,6 +154,14 @@ def prune(folder: Path, *, keep: int, keep_every: int) -> None:
     steps = list_steps(folder)
     for step in steps[:-keep]:
         if not keep_every or step % keep_every:
-            doomed = folder / UNFINISHED / f"pruned-{step}"
-            (folder / str(step)).rename(doomed)
-            shutil.rmtree(doomed)
+            discard(folder, step)
+
+
+def discard(folder: Path, step: int) -> None:
+    """Deletes a step, which is invisible from the first moment on.
+
+    Raises: OSError.
+    """
+    doomed = folder / UNFINISHED / f"pruned-{step}"
+    (folder / str(step)).rename(doomed)
+    shutil.rmtree(doomed)
