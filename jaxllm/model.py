@@ -42,17 +42,20 @@ class RMSNorm(nnx.Module):
 def precompute_freqs_cis(head_dim: int, end: int, theta: float, dtype):
     """Tabulates the cosines and sines of rotary embeddings as (T, R) host arrays.
 
-    Row t, column i is the angle t * theta ** (-2 i / H). Frequencies and angles are
-    rounded to `dtype` (at least float32) in the order that PyTorch models use, since a
-    float32 angle near position 2048 is off by 1e-4 and what counts is to be off alike.
-    Built with numpy while tracing: a constant to XLA, the same on every backend.
+    Row t, column i is the angle t / theta ** (2 i / H). Exponents, powers, frequencies
+    and angles are each rounded to `dtype` (at least float32), as transformers does it:
+    a float32 angle near position 2048 is off by 1e-4, and what counts is to be off
+    alike. Built with numpy while tracing: a constant to XLA, the same on every backend.
     """
     stat = np.dtype(_stat(dtype))
+    exponents_R = np.arange(0, head_dim, 2, dtype=stat) / stat.type(head_dim)
     # Python floats, the one power that both twins share: NumPy's and PyTorch's differ
     # in the last bit, which is 6e-14 in the angle at position 1484.
-    freqs_R = np.array([theta ** -(i / head_dim) for i in range(0, head_dim, 2)], stat)
-    angles_TR = np.outer(np.arange(end, dtype=stat), freqs_R)
-    return np.cos(angles_TR), np.sin(angles_TR)
+    powers_R = np.array([theta**e for e in exponents_R.tolist()], stat)
+    angles_TR = np.outer(np.arange(end, dtype=stat), 1 / powers_R)
+    # In float64, where the libraries' last bits don't matter to a float32.
+    wide_TR = angles_TR.astype(np.float64)
+    return np.cos(wide_TR).astype(stat), np.sin(wide_TR).astype(stat)
 
 
 def apply_rotary_emb(xq_BTNH, xk_BTKH, freqs_cos, freqs_sin):

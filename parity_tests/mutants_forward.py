@@ -11,7 +11,7 @@ _LOSS = "kernels.cross_entropy:_plain"
 FORWARD = (
     # Rotary embedding
     Mutant("exponent over another width", _ROPE,
-           "-(i / head_dim)", "-(i / (head_dim + 2))", "rope tables"),
+           "stat.type(head_dim)", "stat.type(head_dim + 2)", "rope tables"),
     Mutant("base of another model", "model:Transformer._freqs_cis",
            "self.config.rope_theta", "10000.0", "exported"),
     Mutant("positions start at 1", _ROPE,
@@ -20,7 +20,7 @@ FORWARD = (
     Mutant("tables in float32", _ROPE,
            'np.dtype(_stat(dtype))', 'np.dtype("float32")', "rope tables"),
     Mutant("turned the other way", _ROPE,
-           "np.sin(angles_TR)", "-np.sin(angles_TR)", "rope tables"),
+           "np.sin(wide_TR)", "-np.sin(wide_TR)", "rope tables"),
     Mutant("half-split pairs", _TURN, "reshape(*x.shape[:-1], -1, 2)",
            "reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2)", "rotary"),
     Mutant("a sign in the rotation", _TURN, "a * cos - b * sin",

@@ -88,14 +88,16 @@ def precompute_freqs_cis(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tabulates the cosines and sines of rotary embeddings as two (T, R) tensors.
 
-    Row t, column i is the angle t * theta ** (-2 i / H). Frequencies and angles are
-    rounded to `dtype` (at least float32).
+    Row t, column i is the angle t / theta ** (2 i / H). Exponents, powers, frequencies
+    and angles are each rounded to `dtype` (at least float32), as transformers does it.
     """
     stat = _stat(dtype)
-    freqs = [theta ** -(i / head_dim) for i in range(0, head_dim, 2)]
+    freqs = _frequencies(head_dim, theta, stat)
     freqs_R = torch.tensor(freqs, dtype=stat, device=device)
     angles_TR = torch.outer(torch.arange(end, dtype=stat, device=device), freqs_R)
-    return angles_TR.cos(), angles_TR.sin()
+    # In float64, where the libraries' last bits don't matter to a float32.
+    wide_TR = angles_TR.double()
+    return wide_TR.cos().to(stat), wide_TR.sin().to(stat)
 
 
 def apply_rotary_emb(
@@ -353,3 +355,11 @@ def _linear(config: ModelConfig, name: str, d_in: int, d_out: int) -> nn.Linear:
 
 def _stat(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+@torch.compiler.assume_constant_result
+def _frequencies(head_dim: int, theta: float, stat: torch.dtype) -> list[float]:
+    """theta ** (-2 i / H), on the host: a GPU divides and takes powers otherwise."""
+    exponents_R = torch.arange(0, head_dim, 2, dtype=stat, device="cpu") / head_dim
+    powers = [theta**e for e in exponents_R.tolist()]
+    return (1 / torch.tensor(powers, dtype=stat, device="cpu")).tolist()
