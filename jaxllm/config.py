@@ -227,10 +227,21 @@ class TrainConfig:
     """Length in tokens of a text sample."""
     save_every: int = 500
     """Steps between two checkpoints; the last step is always saved."""
+    save_every_minutes: float = 0.0
+    """Minutes after which a checkpoint is due all the same; 0 counts steps alone."""
     keep: int = 3
     """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Keep every checkpoint whose step is a multiple of this as well; 0 keeps none."""
+    hang_s: float = 300.0
+    """Silence in seconds after which a run counts as hung, if that is 20 usual steps at
+    least (in a save or an evaluation 6 times as long); 0 watches nothing."""
+    exit_when_hung: bool = False
+    """Exit with code 75 when hung, for the scheduler to start the run again; else the
+    stacks of all threads are written to stacks.txt, and nothing more."""
+    track: Literal["none", "tensorboard", "wandb", "swanlab", "trackio"] = "none"
+    """Experiment tracker that gets every step's figures as well; metrics.jsonl and
+    loss.png are there without one."""
     when_finished: Literal["stop", "again"] = "stop"
     """What a start does when the run folder holds a finished run. stop: says so and
     ends. again: sets the old run aside and trains anew; with --resume it goes on with
@@ -244,6 +255,10 @@ class TrainConfig:
         for name in ("steps", "seed", "eval_every", "sample_every", "sample_tokens",
                      "keep_every"):  # fmt: skip
             require_int(f"train.{name}", getattr(self, name), at_least=0)
+        for name in ("save_every_minutes", "hang_s"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"train.{name}={value} must be a number >= 0")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"train.batch_size={self.batch_size} is not divisible by "
@@ -262,6 +277,9 @@ class RunConfig:
     run with the same configuration is continued all the same."""
     fresh: bool = False
     """Set aside whatever run is in `out` and start at step 0."""
+    deterministic: bool = False
+    """On a GPU, use only kernels that always add in the same order, and in each start
+    those of the first: a resumed run is then the same bit for bit, as on a CPU."""
     model: ModelConfig = field(default_factory=ModelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -2,7 +2,8 @@
 
 run_worker.py OUT DATA [name=value ...]: `devices`, `stop_at` (asks for a stop as a
 signal would), `full_from` and `full_to` (steps between which no file grows beyond
-64 KiB), `pause_s` (seconds a step), and any field of TrainConfig.
+64 KiB), `pause_s` (seconds a step), `hang_at` (a step at which the data never comes),
+and any field of TrainConfig.
 """
 
 import json
@@ -68,7 +69,7 @@ def main(out: str, data: str, *orders: str) -> None:
 
     stop_at = given.pop("stop_at", -1)
     full = range(int(given.pop("full_from", 0)), int(given.pop("full_to", 0)))
-    pause_s = given.pop("pause_s", 0.0)
+    pause_s, hang_at = given.pop("pause_s", 0.0), given.pop("hang_at", -1)
     asked = stop.Stop()
     true_prefetched = loop.prefetched
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -79,7 +80,7 @@ def main(out: str, data: str, *orders: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
             if item[0] == stop_at:
                 asked.request()
-            time.sleep(pause_s)
+            time.sleep(1000 if item[0] == hang_at else pause_s)
             yield item
 
     loop.prefetched, loop.Stop = prefetched, lambda: asked

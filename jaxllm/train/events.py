@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax
 from jaxllm.data.tokenizer import BEGIN_ID, END_ID
 from jaxllm.generate import Sampling, generate
 from jaxllm.train.evaluate import evaluate
+from jaxllm.train.manifest import state_bytes
 from jaxllm.train.metrics import append_jsonl, seed_line, utilisation
 from jaxllm.train.run import Run
 from jaxllm.train.step import State
@@ -27,6 +29,32 @@ def introduce(run: Run) -> None:
         f"run: {run.total_steps} steps of {run.config.train.batch_size} rows in "
         f"{run.folder.path}"
     )
+    predict_disk(run)
+
+
+def predict_disk(run: Run) -> None:
+    """Says how much the checkpoints will take at most, and warns if that is not there.
+
+    The newest are kept, one more is being written, and those of `keep_every` stay.
+    """
+    options, size = run.config.train, state_bytes(run.program.abstract_state)
+    count = options.keep + 1
+    if options.keep_every:
+        count += run.total_steps // options.keep_every
+    there = len(run.checkpoints.steps())
+    free = shutil.disk_usage(run.folder.path).free
+    if (needed := size * max(count - there, 0)) > free:
+        run.console.say(
+            f"WARNING: the checkpoints may take {count} x {size / 1e6:.1f} MB, "
+            f"{needed / 1e6:,.1f} MB more than now, and the disk of {run.folder.path} "
+            f"has {free / 1e6:,.1f} MB: make room, or lower --train.keep or raise "
+            f"--train.keep-every"
+        )
+    else:
+        run.console.say(
+            f"disk: up to {count} checkpoints of {size / 1e6:.1f} MB; "
+            f"{free / 1e9:,.1f} GB free"
+        )
 
 
 def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
@@ -37,7 +65,6 @@ def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
         return
     # Waits for the devices to finish the newest of these steps.
     figures = jax.device_get([metrics for _, metrics in taken])
-    run.watchdog.beat(step)
     records: list[dict[str, Any]] = []
     for index, one in enumerate(figures, start=step - len(taken) + 1):
         values = {name: value.item() for name, value in one.items()}
@@ -69,6 +96,8 @@ def why_bad(figures: dict[str, float]) -> str:
 
 def record(run: Run, records: list[dict[str, Any]]) -> None:
     """Appends to metrics.jsonl; a disk that takes no more of it does not end a run."""
+    for one in records:
+        run.tracker.log(one)
     try:
         append_jsonl(run.folder.metrics, records)
     except OSError as error:

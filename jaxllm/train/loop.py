@@ -9,19 +9,19 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import jax
 
 from jaxllm.config import RunConfig
-from jaxllm.train import events, report
+from jaxllm.train import events
 from jaxllm.train.console import Console
-from jaxllm.train.device import out_of_memory
-from jaxllm.train.incidents import describe as describe_incidents
+from jaxllm.train.device import out_of_memory, pin_kernels
+from jaxllm.train.ending import finish, say_finished, write_summary
 from jaxllm.train.metrics import read_jsonl, rewrite_jsonl
 from jaxllm.train.position import Position
+from jaxllm.train.processes import from_first
 from jaxllm.train.rollback import Diverged, roll_back
-from jaxllm.train.run import Run, describe, describe_data, prepare, restore, versions
+from jaxllm.train.run import Run, describe, describe_data, prepare, restore
 from jaxllm.train.run_folder import RunFolder, decide
 from jaxllm.train.sharding import make_mesh
 from jaxllm.train.step import Batch, State, to_device
@@ -35,6 +35,8 @@ def run(config: RunConfig) -> None:
     Raises: ValueError for what the user can mend; nothing is half-written then.
     """
     folder = RunFolder(config.out)
+    if config.deterministic:
+        pin_kernels(folder.cache)
     with Console(quiet=jax.process_index() != 0) as console:
         start = decide(folder, config)
         if start == "finished" and config.resume and _goes_again(config):
@@ -42,7 +44,7 @@ def run(config: RunConfig) -> None:
             config = replace(config, train=replace(config.train, steps=steps))
             start = "continue"
         if start == "finished":
-            return _say_finished(console, folder)
+            return say_finished(console, folder)
         mesh = make_mesh(config.parallel)
         folder.create()
         with folder.locked():
@@ -51,16 +53,19 @@ def run(config: RunConfig) -> None:
             started = prepare(config, folder, console, mesh)
             events.introduce(started)
             try:
-                state = restore_or_init(started, resuming=start == "continue")
-                # Until here a signal ends the process: there is nothing to save yet.
-                with Stop() as stop:
-                    with started.watchdog:
+                with started.watchdog as dog:
+                    with dog.paused("the start"):
+                        state = restore_or_init(started, resuming=start == "continue")
+                    # Until here a signal ends the process: there is nothing to save.
+                    with Stop() as stop:
                         state = train(started, state, stop)
-                    finish(started, state)
+                        with dog.paused("the last save"):
+                            finish(started, state)
             except BaseException as error:
                 # A save under way is worth more than a quick death.
                 with contextlib.suppress(CheckpointError):
                     started.checkpoints.close()
+                started.tracker.close()
                 if isinstance(error, Diverged):
                     records = read_jsonl(folder.metrics)
                     steps = started.checkpoints.steps()
@@ -119,8 +124,9 @@ def begin(run: Run, state: State) -> None:
     if first == 0 and first not in run.checkpoints.steps():
         # The initial weights, for comparisons, and proof that saving works here before
         # hours depend on it.
-        run.checkpoints.save(first, state, describe(run))
-        run.checkpoints.wait()
+        with run.watchdog.paused("the first save"):
+            run.checkpoints.save(first, state, describe(run))
+            run.checkpoints.wait()
     if first == 0 or (
         _due(first, run.config.train.eval_every)
         and not any(
@@ -130,6 +136,7 @@ def begin(run: Run, state: State) -> None:
     ):
         events.validate(run, state, first)
     run.trained_s_at[first] = run.meter.trained_s
+    run.saved_since = time.monotonic()
 
 
 def advance(run: Run, state: State, stop: Stop) -> State:
@@ -141,10 +148,17 @@ def advance(run: Run, state: State, stop: Stop) -> State:
     options, total = run.config.train, run.total_steps
     first = int(state["step"])
     run.meter.resume()
+    ahead: deque[jax.Array] = deque()
     for step, batch, n_tokens, waited in prefetched(run, first):
         run.meter.waited(waited)
         state, metrics = run.program.train_step(state, batch)
         run.pending.append((n_tokens, metrics))
+        ahead.append(metrics["loss"])
+        # Two steps are under way at most: enough for the device to be never without
+        # work, and few enough to stop soon and to notice soon that one hangs.
+        if len(ahead) > 2:
+            ahead.popleft().block_until_ready()
+            run.watchdog.beat(step - 2)
         done = step + 1
         last = done == total
         stopping = stop.reached() and not last
@@ -153,23 +167,39 @@ def advance(run: Run, state: State, stop: Stop) -> State:
             events.log(run, step - 1, keep=1)
         if step == first:
             events.log(run, step)
-        saving = last or stopping or done % options.save_every == 0
+        saving = last or stopping or save_is_due(run, done)
         if saving:
             events.log(run, step, show=last or stopping)
         if run.position.tripped:
             break
         if saving:
-            with run.watchdog.paused():
+            with run.watchdog.paused("a save"):
                 save(run, state, done)
         if stopping:
             break
         if last or _due(done, options.eval_every):
-            with run.watchdog.paused():
+            with run.watchdog.paused("an evaluation"):
                 events.validate(run, state, done)
         if last or _due(done, options.sample_every):
-            with run.watchdog.paused():
+            with run.watchdog.paused("a text sample"):
                 events.sample(run, state, done)
     return state
+
+
+def save_is_due(run: Run, step: int) -> bool:
+    """Whether a checkpoint is due after `step` steps, by their number or by the clock.
+
+    Several processes go by the first one's clock, and ask it when they log.
+    """
+    options = run.config.train
+    if step % options.save_every == 0:
+        return True
+    if not options.save_every_minutes:
+        return False
+    if jax.process_count() > 1 and step % options.log_every:
+        return False
+    since_s = time.monotonic() - run.saved_since
+    return from_first(str(since_s >= 60 * options.save_every_minutes)) == "True"
 
 
 def prefetched(run: Run, first: int) -> Iterator[tuple[int, Batch, int, float]]:
@@ -218,90 +248,12 @@ def save(run: Run, state: State, step: int) -> None:
         except CheckpointError as error:
             run.save_failed(error)
     run.trained_s_at[step] = run.meter.trained_s
+    run.saved_since = time.monotonic()
     run.meter.resume()
-
-
-def finish(run: Run, state: State) -> None:
-    """Waits for the last checkpoint, draws the plot, says what to do next.
-
-    Raises: CheckpointError when the last state could not be saved.
-    """
-    step = int(state["step"])
-    keep_last(run, state, step)
-    records = read_jsonl(run.folder.metrics)
-    evaluated = [record for record in records if "val_bpb" in record]
-    finished = step == run.total_steps
-    draw(run)
-    happened = write_summary(run, step, records)
-    say = run.console.say
-    say("what happened:\n" + "\n".join(describe_incidents(happened)))
-    if not finished:
-        say(f"stopped after step {step} of {run.total_steps}; everything is saved")
-        return say(f"continue:  {report.resume_command(run.folder)}")
-    if len(evaluated) > 1:
-        say(
-            f"validation: {evaluated[0]['val_bpb']:.3f} -> "
-            f"{evaluated[-1]['val_bpb']:.3f} bits per byte in {step} steps"
-        )
-    say("the run's folder:\n" + "\n".join(report.contents(run.folder)))
-    say("next:\n" + "\n".join(report.next_commands(run.folder, steps=step)))
-
-
-def draw(run: Run) -> None:
-    """Draws the loss curve; a run is not lost for want of a picture."""
-    try:
-        report.write_plot(run.folder)
-    except Exception as error:  # whatever a plotting library can raise
-        run.console.say(f"WARNING: no plot was drawn: {error}")
-        run.incidents.note("plot_failed", error=str(error))
-
-
-def write_summary(run: Run, step: int, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Writes summary.json after `step` steps; returns what happened, counted."""
-    evaluated = [record for record in records if "val_bpb" in record]
-    undone = [r["last_batch"] + 1 - r["first_batch"] for r in run.position.rollbacks]
-    skipped = sum(record.get("skipped", 0) for record in records) + sum(undone)
-    happened = {"skipped_steps": skipped} | run.incidents.report()
-    summary = {
-        "finished": step == run.total_steps,
-        "step": step,
-        "parameters": run.config.model.n_params,
-        "trained_s": round(run.meter.trained_s, 3),
-        "skipped_steps": skipped,
-        "failed_saves": run.failed_saves,
-        "what_happened": happened,
-        "rollbacks": run.position.rollbacks,
-        "first_evaluation": evaluated[0] if evaluated else None,
-        "last_evaluation": evaluated[-1] if evaluated else None,
-        "versions": versions(),
-    }
-    report.write_summary(run.folder, summary)
-    return happened
-
-
-def keep_last(run: Run, state: State, step: int) -> None:
-    """Makes sure that the last state is on disk, by another save if the first failed.
-
-    Raises: CheckpointError when it cannot be.
-    """
-    try:
-        run.checkpoints.wait()
-    except CheckpointError as error:
-        run.save_failed(error)
-    if step not in run.checkpoints.steps():
-        run.checkpoints.save(step, state, describe(run))
-    run.checkpoints.close()
 
 
 def _goes_again(config: RunConfig) -> bool:
     return config.train.when_finished == "again" and config.train.steps > 0
-
-
-def _say_finished(console: Console, folder: RunFolder) -> None:
-    step = folder.finished_at() or 0
-    console.say(f"the run in {folder.path} is finished: {step} steps; nothing to do")
-    console.say("next:\n" + "\n".join(report.next_commands(folder, steps=step)))
-    console.say("  anew:      the same command with --fresh sets this run aside")
 
 
 def _due(step: int, every: int) -> bool:

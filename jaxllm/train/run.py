@@ -1,6 +1,7 @@
 """The parts of a run, and how they are put together before the first step."""
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from jaxllm.train.device import keep_compiled
 from jaxllm.train.incidents import Incidents
 from jaxllm.train.metrics import Meter
 from jaxllm.train.position import Position
+from jaxllm.train.processes import is_first
 from jaxllm.train.run_folder import RunFolder
 from jaxllm.train.step import Program, build
+from jaxllm.train.track import Tracker, open_tracker, require_package
 from jaxllm.train.watchdog import Watchdog
 
 
@@ -42,6 +45,7 @@ class Run:
     total_steps: int
     watchdog: Watchdog
     incidents: Incidents
+    tracker: Tracker
     alive_at: float
     """When an earlier start last gave a sign of life, in seconds of the epoch, or 0."""
     position: Position = field(default_factory=Position)
@@ -50,6 +54,8 @@ class Run:
     failed_saves: list[str] = field(default_factory=list)
     trained_s_at: dict[int, float] = field(default_factory=dict)
     """What the meter showed when each step was saved."""
+    saved_since: float = 0.0
+    """When the last save began, on the monotonic clock."""
 
     def save_failed(self, error: Exception) -> None:
         """Says and counts a failed save, which stops nothing."""
@@ -60,6 +66,7 @@ class Run:
 
 def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -> Run:
     """Opens the data, builds the step, writes what describes the run."""
+    require_package(config.train.track)
     if not config.data.path:
         path = demo_data(folder, config, console)
         config = replace(config, data=replace(config.data, path=str(path)))
@@ -80,6 +87,13 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
     alive_at = folder.last_sign_of_life()
     console.log = folder.log
     keep_compiled(folder.cache)
+    incidents = Incidents(folder.incidents)
+
+    def tracker_failed(error: str) -> None:
+        console.say(f"WARNING: {error}")
+        incidents.note("tracker_failed", error=error)
+
+    tracked = config.train.track != "none" and is_first()
     return Run(
         config=config, folder=folder, console=console, program=program, train=train,
         val=val, tokenizer=tokenizer, token_bytes=token_bytes, total_steps=total_steps,
@@ -87,8 +101,19 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
             folder.checkpoints, keep=config.train.keep,
             keep_every=config.train.keep_every,
         ),
-        watchdog=Watchdog(report=folder.stacks, say=console.say),
-        incidents=Incidents(folder.incidents), alive_at=alive_at,
+        watchdog=Watchdog(
+            least_s=config.train.hang_s, exit_when_hung=config.train.exit_when_hung,
+            report=folder.stacks, say=console.say,
+            on_hang=lambda step, waited_s: incidents.note(
+                "hung", lost_s=waited_s, after_step=step
+            ),
+        ),
+        incidents=incidents, alive_at=alive_at,
+        tracker=Tracker(
+            partial(open_tracker, config.train.track, folder.path, asdict(config))
+            if tracked else None,
+            tracker_failed,
+        ),
     )  # fmt: skip
 
 
