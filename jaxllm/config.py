@@ -8,6 +8,7 @@ This module imports neither JAX nor PyTorch, so that both trainers can read it.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -280,6 +281,9 @@ class RunConfig:
     deterministic: bool = False
     """On a GPU, use only kernels that always add in the same order, and in each start
     those of the first: a resumed run is then the same bit for bit, as on a CPU."""
+    init_from: str = ""
+    """Start with the weights of this run, Hugging Face Llama or k_model, and with its
+    network; the optimizer starts at rest, the data at its beginning."""
     model: ModelConfig = field(default_factory=ModelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -291,6 +295,13 @@ class RunConfig:
     def __post_init__(self):
         if self.resume and self.fresh:
             raise ValueError("--resume and --fresh contradict each other: give one")
+        if self.init_from and os.path.realpath(self.init_from) == os.path.realpath(
+            self.out
+        ):
+            raise ValueError(
+                f"--init-from {self.init_from} is the folder of the new run itself: "
+                f"give another --out, or --resume to go on with it"
+            )
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} is longer than "

@@ -13,7 +13,7 @@ from dataclasses import replace
 import jax
 
 from jaxllm.config import RunConfig
-from jaxllm.train import events
+from jaxllm.train import events, origin
 from jaxllm.train.console import Console
 from jaxllm.train.device import out_of_memory, pin_kernels
 from jaxllm.train.ending import finish, say_finished, write_summary
@@ -80,9 +80,10 @@ def run(config: RunConfig) -> None:
 def restore_or_init(run: Run, *, resuming: bool) -> State:
     """The newest state that verifies, or a fresh one."""
     if not resuming:
-        return run.program.init()
+        return init(run)
     restored = restore(run)
     trained_on = restored.meta["data"]
+    # An import without data leaves it open what comes next.
     if trained_on != (now := describe_data(run)):
         raise ValueError(
             f"the run in {run.folder.path} was trained on other data ({trained_on}) "
@@ -92,7 +93,7 @@ def restore_or_init(run: Run, *, resuming: bool) -> State:
     run.position = Position.from_meta(restored.meta)
     lost_s = run.alive_at - run.folder.saved_at(step)
     run.incidents.note("resumed", step=step, lost_s=lost_s)
-    if restored.meta["total_steps"] != run.total_steps:
+    if trained_on and restored.meta["total_steps"] != run.total_steps:
         run.console.say(
             f"note: the run is now {run.total_steps} steps long, not "
             f"{restored.meta['total_steps']}: its learning-rate schedule is stretched"
@@ -101,6 +102,15 @@ def restore_or_init(run: Run, *, resuming: bool) -> State:
     rewrite_jsonl(run.folder.metrics, before_step=step)
     run.console.say(f"continuing from the checkpoint of step {step}")
     return restored.state
+
+
+def init(run: Run) -> State:
+    """A state at step 0, with the weights of --init-from or random ones."""
+    state = run.program.init()
+    if run.config.init_from:
+        state["params"], words = origin.load(run.config, run.program.abstract_state)
+        run.console.say(words)
+    return state
 
 
 def train(run: Run, state: State, stop: Stop) -> State:

@@ -15,7 +15,7 @@ from jaxllm.data.batches import Batches
 from jaxllm.data.files import write_atomically
 from jaxllm.data.shards import verify_hashes
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.train import guard
+from jaxllm.train import guard, origin
 from jaxllm.train.checkpoint import Checkpoints, Restored
 from jaxllm.train.console import Console
 from jaxllm.train.device import keep_compiled
@@ -67,10 +67,12 @@ class Run:
 def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -> Run:
     """Opens the data, builds the step, writes what describes the run."""
     require_package(config.train.track)
+    origin.require_data(config, folder)
     if not config.data.path:
         path = demo_data(folder, config, console)
         config = replace(config, data=replace(config.data, path=str(path)))
     train, val = open_batches(config)
+    origin.require_fit(config, folder, train.tokenizer)
     if config.data.verify:
         n_bytes = sum(verify_hashes(manifest) for manifest in train.manifests)
         console.say(f"data: {n_bytes:,} bytes are those that the manifest names")

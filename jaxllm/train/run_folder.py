@@ -209,6 +209,9 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     for room, fields in values.items():
         if room in FREE_FIELDS[""]:
             continue
+        if not isinstance(fields, dict):
+            same[room] = fields
+            continue
         for name, value in fields.items():
             if name not in FREE_FIELDS.get(room, ()):
                 same[f"{room}.{name}"] = value
