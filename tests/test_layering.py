@@ -20,7 +20,7 @@ STOREYS = (
     ("jaxllm.presets",),
     ("jaxllm.kernels", "jaxllm.data"),
     ("jaxllm.model",),
-    ("jaxllm.convert", "jaxllm.generate"),
+    ("jaxllm.convert", "jaxllm.generate", "jaxllm.score"),
     ("jaxllm.train",),
     ("jaxllm.plan",),
 )
