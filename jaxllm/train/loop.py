@@ -84,7 +84,7 @@ def restore_or_init(run: Run, *, resuming: bool) -> State:
     restored = restore(run)
     trained_on = restored.meta["data"]
     # An import without data leaves it open what comes next.
-    if trained_on != (now := describe_data(run)):
+    if trained_on not in (None, now := describe_data(run)):
         raise ValueError(
             f"the run in {run.folder.path} was trained on other data ({trained_on}) "
             f"than {run.config.data.path} holds now ({now}): give its --data.path"
