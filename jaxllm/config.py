@@ -8,6 +8,7 @@ This module imports neither JAX nor PyTorch, so that both trainers can read it.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +18,6 @@ from jaxllm.fields import from_dict as from_dict
 from jaxllm.fields import require_choices, require_int
 from jaxllm.fields import to_json as to_json
 from jaxllm.guard import GuardConfig
-from jaxllm.parallel import DistributedConfig, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,26 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """The device mesh. -1 means all devices the other axes leave over."""
+
+    data: int = -1
+    """Devices along the batch, each with a full copy of the weights."""
+    fsdp: int = 1
+    """Devices along the batch that also share out the weights."""
+    tensor: int = 1
+    """Devices that share the heads and the feed-forward width of each layer."""
+
+    def __post_init__(self):
+        for name in ("data", "fsdp", "tensor"):
+            value = getattr(self, name)
+            if value != -1:
+                require_int(f"parallel.{name}", value, at_least=1)
+        if sum(getattr(self, name) == -1 for name in ("data", "fsdp", "tensor")) > 1:
+            raise ValueError("parallel: only one of data, fsdp, tensor may be -1")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The length of the run and its rhythm. One step is one optimizer update."""
 
@@ -208,10 +228,21 @@ class TrainConfig:
     """Length in tokens of a text sample."""
     save_every: int = 500
     """Steps between two checkpoints; the last step is always saved."""
+    save_every_minutes: float = 0.0
+    """Minutes after which a checkpoint is due all the same; 0 counts steps alone."""
     keep: int = 3
     """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Keep every checkpoint whose step is a multiple of this as well; 0 keeps none."""
+    hang_s: float = 300.0
+    """Silence in seconds after which a run counts as hung, if that is 20 usual steps at
+    least (in a save or an evaluation 6 times as long); 0 watches nothing."""
+    exit_when_hung: bool = False
+    """Exit with code 75 when hung, for the scheduler to start the run again; else the
+    stacks of all threads are written to stacks.txt, and nothing more."""
+    track: Literal["none", "tensorboard", "wandb", "swanlab", "trackio"] = "none"
+    """Experiment tracker that gets every step's figures as well; metrics.jsonl and
+    loss.png are there without one."""
     when_finished: Literal["stop", "again"] = "stop"
     """What a start does when the run folder holds a finished run. stop: says so and
     ends. again: sets the old run aside and trains anew; with --resume it goes on with
@@ -225,6 +256,10 @@ class TrainConfig:
         for name in ("steps", "seed", "eval_every", "sample_every", "sample_tokens",
                      "keep_every"):  # fmt: skip
             require_int(f"train.{name}", getattr(self, name), at_least=0)
+        for name in ("save_every_minutes", "hang_s"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"train.{name}={value} must be a number >= 0")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"train.batch_size={self.batch_size} is not divisible by "
@@ -243,18 +278,30 @@ class RunConfig:
     run with the same configuration is continued all the same."""
     fresh: bool = False
     """Set aside whatever run is in `out` and start at step 0."""
+    deterministic: bool = False
+    """On a GPU, use only kernels that always add in the same order, and in each start
+    those of the first: a resumed run is then the same bit for bit, as on a CPU."""
+    init_from: str = ""
+    """Start with the weights of this run, Hugging Face Llama or k_model, and with its
+    network; the optimizer starts at rest, the data at its beginning."""
     model: ModelConfig = field(default_factory=ModelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self):
         if self.resume and self.fresh:
             raise ValueError("--resume and --fresh contradict each other: give one")
+        if self.init_from and os.path.realpath(self.init_from) == os.path.realpath(
+            self.out
+        ):
+            raise ValueError(
+                f"--init-from {self.init_from} is the folder of the new run itself: "
+                f"give another --out, or --resume to go on with it"
+            )
         if self.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"data.seq_len={self.data.seq_len} is longer than "

@@ -101,8 +101,14 @@ def import_weights(args: Import) -> None:
     )
     if tokenizer is not None:
         print(f"next: python scripts/generate.py {args.out} --prompt 'Once'")
-    if args.data:
-        print(f"next: python scripts/pretrain.py --resume --out {args.out}")
+    print(f"next: python scripts/pretrain.py {_training(args.out, config)}")
+
+
+def _training(out: Path, config: RunConfig) -> str:
+    """The arguments with which training goes on, as far as they are known."""
+    if config.data.path:
+        return f"--resume --out {out}"
+    return f"--init-from {out} --data.path DIR --out runs/new"
 
 
 def write_run(
@@ -184,7 +190,15 @@ def _from_trainer(path: Path, args: Import) -> tuple[RunConfig, dict[str, Any]]:
     if dataclasses.replace(config.model, dropout=model.dropout) != model:
         raise ValueError(f"{path}: config.json and {TRAINER} describe different models")
     params = read_params(path, config.model, format=format)
-    data = dataclasses.replace(config.data, path=args.data or config.data.path)
+    where = args.data or config.data.path
+    if not args.data and where and not Path(where.partition("=")[0]).exists():
+        print(
+            f"note: its data folder {where} is not here: give --data to name it now, "
+            f"or pretrain.py --resume --out {args.out} --data.path DIR later",
+            file=sys.stderr,
+        )
+        where = ""
+    data = dataclasses.replace(config.data, path=where)
     config = dataclasses.replace(
         config,
         out=str(args.out),

@@ -12,7 +12,8 @@ from jaxllm.presets import PRESETS, preset
 
 USAGE = """Trains a model from a preset, with any field overridden by a flag.
 
-With --resume and no preset named, the configuration is that of the run in --out.
+With --resume and no preset named, the configuration is that of the run in --out. With
+--init-from the network is that of the weights.
 
 Presets:
 """
@@ -39,6 +40,10 @@ def parse(argv: list[str]) -> RunConfig:
         folder = RunFolder(_flag(argv, "--out") or base.out)
         if folder.config.exists():
             base = replace(folder.load_config(), out=str(folder.path))
+    elif origin := _flag(argv, "--init-from"):
+        from jaxllm.train.origin import find_weights
+
+        base = replace(base, model=find_weights(origin).model)
     presets = "\n".join(f"  {n}: {_first_words(n)}" for n in PRESETS)
     # Every leaf field is a flag of its own; a dataclass as a whole is not.
     return command_line.parse(

@@ -30,7 +30,7 @@ def refused(script: str, *words: str, cwd: Path) -> str:
 @pytest.mark.parametrize(
     "script",
     ["pretrain.py", "generate.py", "prepare_data.py", "export_weights.py",
-     "import_weights.py", "inspect_data.py"],
+     "import_weights.py", "inspect_data.py", "evaluate.py"],
 )  # fmt: skip
 def test_every_flag_has_a_sentence_and_a_default(script):
     result = call(script, "--help")

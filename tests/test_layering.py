@@ -15,12 +15,12 @@ LONGEST_FILE = 330
 # A module may import from its own storey and from those below.
 STOREYS = (
     ("jaxllm.fields",),
-    ("jaxllm.compute", "jaxllm.guard", "jaxllm.parallel"),
+    ("jaxllm.compute", "jaxllm.guard"),
     ("jaxllm.config",),
     ("jaxllm.presets",),
     ("jaxllm.kernels", "jaxllm.data"),
     ("jaxllm.model",),
-    ("jaxllm.convert", "jaxllm.generate"),
+    ("jaxllm.convert", "jaxllm.generate", "jaxllm.score"),
     ("jaxllm.train",),
     ("jaxllm.plan",),
 )
@@ -28,7 +28,6 @@ WITHOUT_JAX = (
     "jaxllm.fields",
     "jaxllm.compute",
     "jaxllm.guard",
-    "jaxllm.parallel",
     "jaxllm.config",
     "jaxllm.presets",
     "jaxllm.convert",

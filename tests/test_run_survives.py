@@ -171,6 +171,23 @@ def test_a_disk_that_stays_full_ends_with_its_own_exit_code(start, tmp_path):
     assert f"continuing from the checkpoint of step {newest}" in end(start(out))
 
 
+def test_a_hung_run_leaves_for_the_scheduler_and_loses_one_interval(
+    start, whole, tmp_path
+):
+    out = tmp_path / "hung"
+    process = start(out, hang_at=22, hang_s=2, exit_when_hung=1, pause_s=0.02)
+    said = end(process, code=75)
+    assert "s (usually" in said and "since step 19 ended" in said
+    stacks = (out / "stacks.txt").read_text()
+    assert "run_worker.py" in stacks and "in prefetched" in stacks
+    assert "continuing from the checkpoint of step 20" in end(start(out))
+    assert digests(out) == digests(whole)
+    assert losses(out) == losses(whole)
+    happened = json.loads((out / "summary.json").read_text())["what_happened"]
+    assert (happened["hung"], happened["resumed"]) == (1, 1)
+    assert happened["lost_s"] > 2
+
+
 def test_resume_on_1_then_8_then_2_devices(start, whole, tmp_path):
     out = tmp_path / "moved"
     end(start(out, devices=1, stop_at=15))

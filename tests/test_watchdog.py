@@ -49,7 +49,7 @@ def test_a_step_beyond_the_usual_is_reported_once_with_all_stacks(watched):
     parked.set()
     thread.join()
     assert len(said) == 1
-    assert "heard for 10.5 s, usually 1.00 s, since step 5 (batch 5)" in said[0]
+    assert "heard for 10.5 s (usually 1.00 s) since step 5 ended" in said[0]
     stacks = dog.report.read_text()
     assert stacks.count("most recent call first") >= 2 and "test_watchdog.py" in stacks
 
@@ -79,12 +79,23 @@ def test_evaluations_do_not_count(watched):
     for number in range(5):
         step(dog, clock, number, 1.0)
     with dog.paused():
-        clock.now += 1000
+        clock.now += 29
         assert not dog.check()
     assert not dog.check()
     assert dog.limit_s() == 10.0
     clock.now += 11
     assert dog.check()
+
+
+def test_a_save_that_never_ends_is_a_hang(watched):
+    dog, clock, said = watched
+    dog.on_hang = lambda *seen: said.append(seen)
+    dog.beat(7)
+    with dog.paused("a save"):
+        clock.now += 30.5
+        assert dog.check() and not dog.check()
+    assert "for 30.5 s from a save, since step 7 ended" in said[0]
+    assert said[1] == (7, 30.5)
 
 
 def test_one_slow_step_does_not_raise_the_bound(watched):
@@ -115,5 +126,5 @@ with Watchdog(factor=2, least_s=0.2, exit_when_hung=True) as dog:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
     )
     assert done.returncode == EXIT_CODE
-    assert "since step 5 (batch 5) ended" in done.stderr
+    assert "since step 5 ended" in done.stderr
     assert "most recent call first" in done.stderr  # the stacks themselves

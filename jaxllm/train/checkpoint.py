@@ -24,14 +24,12 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
 import orbax.checkpoint as ocp
 
 from jaxllm.train.manifest import (
     load_arrays,
     load_step,
     make_manifest,
-    open_manager,
     read_manifest,
     state_bytes,
     verify_arrays,
@@ -101,7 +99,8 @@ class Checkpoints:
         self._background: threading.Thread | None = None
         self._failure = ""
         self._damaged: set[int] = set()
-        # Every error reaches the caller as one line; Orbax would print it too, whole.
+        # Every error reaches the caller as one line; Orbax would print its own copy of
+        # it, with some hundred lines of traceback.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     def save(self, step: int, state: dict, meta: dict) -> None:
@@ -118,9 +117,10 @@ class Checkpoints:
         try:
             manifest = make_manifest(step, state, meta)
             if self._manager is None:
-                self._manager = open_manager(self._unfinished)
+                self._manager = _open_manager(self._unfinished)
             self._manager.reload()  # it still lists what has been published or failed
-            # Forced: Orbax would skip a step by its own policy, and only return False.
+            # Forced: Orbax would skip a step by its own policy and say so only by
+            # returning False, as it does for a step not above its newest.
             started = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -154,14 +154,6 @@ class Checkpoints:
             self.wait()
         finally:
             self._drop_manager()
-
-    def let_finish(self, timeout_s: float = 60.0) -> None:
-        """Waits for a save under way before the program dies; agrees with nobody."""
-        if self._background is not None:
-            self._background.join(timeout_s)
-        if jax.process_count() == 1:
-            with contextlib.suppress(CheckpointError):
-                self.close()
 
     def steps(self) -> list[int]:
         """Lists the steps on disk, ascending, as they are at this moment."""
@@ -323,6 +315,12 @@ class Checkpoints:
 
     def _about(self, step: int, problem: object) -> str:
         return f"checkpoint {step} was not saved in {self.folder}: {one_line(problem)}"
+
+
+def _open_manager(folder: Path) -> ocp.CheckpointManager:
+    # By default Orbax deletes nothing. What is pruned is decided here, after the proof.
+    options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def _warn(text: str, *values: object) -> None:

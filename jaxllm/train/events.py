@@ -2,17 +2,16 @@
 
 import contextlib
 import math
+import shutil
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxllm.data.tokenizer import BEGIN_ID, END_ID
 from jaxllm.generate import Sampling, generate
 from jaxllm.train.evaluate import evaluate
+from jaxllm.train.manifest import state_bytes
 from jaxllm.train.metrics import append_jsonl, seed_line, utilisation
-from jaxllm.train.processes import agree, is_first
 from jaxllm.train.run import Run
 from jaxllm.train.step import State
 
@@ -30,6 +29,32 @@ def introduce(run: Run) -> None:
         f"run: {run.total_steps} steps of {run.config.train.batch_size} rows in "
         f"{run.folder.path}"
     )
+    predict_disk(run)
+
+
+def predict_disk(run: Run) -> None:
+    """Says how much the checkpoints will take at most, and warns if that is not there.
+
+    The newest are kept, one more is being written, and those of `keep_every` stay.
+    """
+    options, size = run.config.train, state_bytes(run.program.abstract_state)
+    count = options.keep + 1
+    if options.keep_every:
+        count += run.total_steps // options.keep_every
+    there = len(run.checkpoints.steps())
+    free = shutil.disk_usage(run.folder.path).free
+    if (needed := size * max(count - there, 0)) > free:
+        run.console.say(
+            f"WARNING: the checkpoints may take {count} x {size / 1e6:.1f} MB, "
+            f"{needed / 1e6:,.1f} MB more than now, and the disk of {run.folder.path} "
+            f"has {free / 1e6:,.1f} MB: make room, or lower --train.keep or raise "
+            f"--train.keep-every"
+        )
+    else:
+        run.console.say(
+            f"disk: up to {count} checkpoints of {size / 1e6:.1f} MB; "
+            f"{free / 1e9:,.1f} GB free"
+        )
 
 
 def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
@@ -39,8 +64,7 @@ def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
     if not taken or run.position.tripped:  # what followed is undone
         return
     # Waits for the devices to finish the newest of these steps.
-    figures = jax.device_get(taken)
-    run.watchdog.beat(step)
+    figures = jax.device_get([metrics for _, metrics in taken])
     records: list[dict[str, Any]] = []
     for index, one in enumerate(figures, start=step - len(taken) + 1):
         values = {name: value.item() for name, value in one.items()}
@@ -54,7 +78,7 @@ def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
         run.position.observe(index, bad=bad, limit=run.config.guard.bad_steps)
         if run.position.tripped:
             break
-    run.meter.stepped(sum(one["tokens"] for one in records), steps=len(taken))
+    run.meter.stepped(sum(count for count, _ in taken), steps=len(taken))
     if show and not run.position.tripped:
         records[-1] |= _show(run, step, records[-1])
     record(run, records)
@@ -72,8 +96,8 @@ def why_bad(figures: dict[str, float]) -> str:
 
 def record(run: Run, records: list[dict[str, Any]]) -> None:
     """Appends to metrics.jsonl; a disk that takes no more of it does not end a run."""
-    if not is_first():
-        return
+    for one in records:
+        run.tracker.log(one)
     try:
         append_jsonl(run.folder.metrics, records)
     except OSError as error:
@@ -123,46 +147,11 @@ def validate(run: Run, state: State, step: int) -> None:
 
 
 def sample(run: Run, state: State, step: int) -> None:
-    """Writes a text with the weights after `step` steps.
-
-    With several processes the first one writes it, alone, with a copy of all weights on
-    one of its devices; where these would not fit beside the state there is no text.
-    """
+    """Writes a text with the weights after `step` steps."""
     run.meter.pause()
-    params = state["params"]
-    if jax.process_count() > 1:
-        if not _room_for_copy(run, params):
-            run.meter.resume()
-            return run.console.say(f"no sample after {step} steps: no room for a copy")
-        params = whole_on_first(params)
-    if is_first():
-        _write_sample(run, params, step)
-    run.meter.resume()
-
-
-def _room_for_copy(run: Run, params: dict) -> bool:
-    """Whether every device has room for all weights; the same on each process."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    free = min(s.get("bytes_limit", 1e18) - s.get("bytes_in_use", 0) for s in stats)
-    # Twice: the gathered copy, and what the decoding takes.
-    needs = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return not agree("" if needs < free else "no room")
-
-
-def whole_on_first(params: dict) -> dict:
-    """Gathers the weights; in the first process they are on one device, whole."""
-
-    def gather(leaf: jax.Array) -> jax.Array:
-        layout = NamedSharding(leaf.sharding.mesh, P())  # type: ignore[attr-defined]
-        return jax.device_put(leaf, layout).addressable_data(0)
-
-    return jax.tree.map(gather, params)
-
-
-def _write_sample(run: Run, params: dict, step: int) -> None:
     prompt = [BEGIN_ID, *run.tokenizer.encode(run.config.train.sample_prompt)]
     new = generate(
-        run.program.graphdef, params, [prompt], stop_ids=(END_ID,),
+        run.program.graphdef, state["params"], [prompt], stop_ids=(END_ID,),
         max_new_tokens=run.config.train.sample_tokens,
         sampling=Sampling(temperature=0.8, top_k=50, seed=step),
     )[0]  # fmt: skip
@@ -173,3 +162,4 @@ def _write_sample(run: Run, params: dict, step: int) -> None:
     ):
         file.write(text + "\n")
     run.console.say(text)
+    run.meter.resume()

@@ -32,10 +32,14 @@ def load_params(
     Raises: ValueError if `folder` holds no run, or no such step that is undamaged.
     """
     config = folder.load_config()
-    compute = compute or config.compute
-    compute = resolve_compute(replace(config, compute=compute), jax.devices()[0])
-    graphdef, _ = nnx.split(
-        nnx.eval_shape(lambda: Transformer(config.model, compute, rngs=nnx.Rngs(0)))
-    )
+    graphdef = network(replace(config, compute=compute or config.compute))
     step, params = Checkpoints(folder.checkpoints).read_arrays("params/", step=step)
     return Loaded(config, graphdef, jax.tree.map(jnp.asarray, params), step)
+
+
+def network(config: RunConfig) -> Any:
+    """The graph of a run's network, as it is computed on the first device."""
+    compute = resolve_compute(config, jax.devices()[0])
+    return nnx.split(
+        nnx.eval_shape(lambda: Transformer(config.model, compute, rngs=nnx.Rngs(0)))
+    )[0]

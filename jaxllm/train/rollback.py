@@ -57,8 +57,7 @@ def roll_back(run: Run) -> State:
     restored = restore(run, at_most=at_most)
     step = restored.step
     run.checkpoints.rewind(step)
-    if is_first():
-        rewrite_jsonl(run.folder.metrics, before_step=step)
+    rewrite_jsonl(run.folder.metrics, before_step=step)
     run.pending.clear()
     position.tripped, position.bad_in_a_row, position.reason = None, 0, ""
     position.data_offset = last + 1 + offset - step

@@ -1,7 +1,7 @@
 """The parts of a run, and how they are put together before the first step."""
 
-import sys
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ from jaxllm.data.batches import Batches
 from jaxllm.data.files import write_atomically
 from jaxllm.data.shards import verify_hashes
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.train import guard
+from jaxllm.train import guard, origin
 from jaxllm.train.checkpoint import Checkpoints, Restored
 from jaxllm.train.console import Console
 from jaxllm.train.device import keep_compiled
 from jaxllm.train.incidents import Incidents
 from jaxllm.train.metrics import Meter
 from jaxllm.train.position import Position
-from jaxllm.train.processes import is_first, on_all, on_first
+from jaxllm.train.processes import is_first
 from jaxllm.train.run_folder import RunFolder
 from jaxllm.train.step import Program, build
+from jaxllm.train.track import Tracker, open_tracker, require_package
 from jaxllm.train.watchdog import Watchdog
 
 
@@ -44,14 +45,17 @@ class Run:
     total_steps: int
     watchdog: Watchdog
     incidents: Incidents
+    tracker: Tracker
     alive_at: float
     """When an earlier start last gave a sign of life, in seconds of the epoch, or 0."""
     position: Position = field(default_factory=Position)
     meter: Meter = field(default_factory=Meter)
-    pending: list[dict] = field(default_factory=list)
+    pending: list[tuple[int, dict]] = field(default_factory=list)
     failed_saves: list[str] = field(default_factory=list)
     trained_s_at: dict[int, float] = field(default_factory=dict)
     """What the meter showed when each step was saved."""
+    saved_since: float = 0.0
+    """When the last save began, on the monotonic clock."""
 
     def save_failed(self, error: Exception) -> None:
         """Says and counts a failed save, which stops nothing."""
@@ -61,16 +65,17 @@ class Run:
 
 
 def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -> Run:
-    """Opens the data, builds the step, writes what describes the run.
-
-    Raises: ValueError, on all processes alike.
-    """
+    """Opens the data, builds the step, writes what describes the run."""
+    require_package(config.train.track)
+    origin.require_data(config, folder)
     if not config.data.path:
-        path = on_first(lambda: str(demo_data(folder, config, console)))
-        config = replace(config, data=replace(config.data, path=path))
-    train, val = on_all(lambda: open_batches(config))
+        path = demo_data(folder, config, console)
+        config = replace(config, data=replace(config.data, path=str(path)))
+    train, val = open_batches(config)
+    origin.require_fit(config, folder, train.tokenizer)
     if config.data.verify:
-        on_first(lambda: verify(train, console))
+        n_bytes = sum(verify_hashes(manifest) for manifest in train.manifests)
+        console.say(f"data: {n_bytes:,} bytes are those that the manifest names")
     total_steps = config.train.steps or -(
         -train.n_rows * config.train.epochs // config.train.batch_size
     )
@@ -78,16 +83,19 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
     tokenizer = train.tokenizer
     token_bytes = np.zeros(config.model.vocab_size, np.int32)
     token_bytes[: tokenizer.vocab_size] = tokenizer.token_bytes()
-
-    def write() -> None:
-        folder.summary.unlink(missing_ok=True)
-        write_atomically(folder.config, configuration.to_json(config).encode())
-        tokenizer.save(folder.tokenizer)
-
-    on_first(write)
+    folder.summary.unlink(missing_ok=True)
+    write_atomically(folder.config, configuration.to_json(config).encode())
+    tokenizer.save(folder.tokenizer)
     alive_at = folder.last_sign_of_life()
     console.log = folder.log
     keep_compiled(folder.cache)
+    incidents = Incidents(folder.incidents)
+
+    def tracker_failed(error: str) -> None:
+        console.say(f"WARNING: {error}")
+        incidents.note("tracker_failed", error=error)
+
+    tracked = config.train.track != "none" and is_first()
     return Run(
         config=config, folder=folder, console=console, program=program, train=train,
         val=val, tokenizer=tokenizer, token_bytes=token_bytes, total_steps=total_steps,
@@ -95,8 +103,19 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
             folder.checkpoints, keep=config.train.keep,
             keep_every=config.train.keep_every,
         ),
-        watchdog=watchdog(folder, console),
-        incidents=Incidents(folder.incidents), alive_at=alive_at,
+        watchdog=Watchdog(
+            least_s=config.train.hang_s, exit_when_hung=config.train.exit_when_hung,
+            report=folder.stacks, say=console.say,
+            on_hang=lambda step, waited_s: incidents.note(
+                "hung", lost_s=waited_s, after_step=step
+            ),
+        ),
+        incidents=incidents, alive_at=alive_at,
+        tracker=Tracker(
+            partial(open_tracker, config.train.track, folder.path, asdict(config))
+            if tracked else None,
+            tracker_failed,
+        ),
     )  # fmt: skip
 
 
@@ -120,26 +139,6 @@ def restore(run: Run, *, at_most: int | None = None) -> Restored:
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["guard"])
         found.state["guard"] = jax.jit(guard.init, out_shardings=layout)()
     return found
-
-
-def watchdog(folder: RunFolder, console: Console) -> Watchdog:
-    """Every process watches itself: each may hang elsewhere."""
-    if is_first():
-        return Watchdog(report=folder.stacks, say=console.say)
-    index = jax.process_index()
-    return Watchdog(
-        report=folder.stacks.with_stem(f"{folder.stacks.stem}-{index}"),
-        say=lambda text: print(f"process {index}: {text}", file=sys.stderr),
-    )
-
-
-def verify(batches: Batches, console: Console) -> None:
-    """Compares every shard with its hash.
-
-    Raises: ValueError naming the first that differs.
-    """
-    n_bytes = sum(verify_hashes(manifest) for manifest in batches.manifests)
-    console.say(f"data: {n_bytes:,} bytes are those that the manifest names")
 
 
 def demo_data(folder: RunFolder, config: RunConfig, console: Console) -> Path:

@@ -30,12 +30,12 @@ Start = Literal["new", "continue", "finished"]
 
 # What may differ between two starts of one run: how it is computed, shown and kept.
 FREE_FIELDS = {
-    "": ("out", "resume", "fresh", "compute", "parallel", "distributed", "guard"),
+    "": ("out", "resume", "fresh", "compute", "parallel", "guard", "deterministic"),
     "data": ("path", "verify"),
     "train": (
         "steps", "epochs", "log_every", "eval_every", "eval_rows", "sample_every",
-        "sample_prompt", "sample_tokens", "save_every", "keep", "keep_every",
-        "when_finished",
+        "sample_prompt", "sample_tokens", "save_every", "save_every_minutes", "keep",
+        "keep_every", "track", "hang_s", "exit_when_hung", "when_finished",
     ),
 }  # fmt: skip
 KEPT_WHEN_SET_ASIDE = ("data", "cache", "archive", ".lock")
@@ -208,6 +208,9 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     same: dict[str, Any] = {"compute.param_dtype": values["compute"]["param_dtype"]}
     for room, fields in values.items():
         if room in FREE_FIELDS[""]:
+            continue
+        if not isinstance(fields, dict):
+            same[room] = fields
             continue
         for name, value in fields.items():
             if name not in FREE_FIELDS.get(room, ()):

@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+PAUSE = 6
+"""How much longer a pause may take than a silence between two steps."""
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
 
@@ -27,7 +29,7 @@ class Watchdog:
     at which one was dispatched. It may be `factor` times the usual interval away (the
     median of the last ones), and `least_s` in any case; before three intervals are
     known, the first of which includes compiling, nothing is expected. Evaluations and
-    saves happen under `paused`.
+    saves happen under `paused`, and may take PAUSE times `least_s`.
     """
 
     def __init__(
@@ -38,15 +40,18 @@ class Watchdog:
         exit_when_hung: bool = False,
         report: Path | None = None,
         say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+        on_hang: Callable[[int, float], None] = lambda step, waited_s: None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Writes the stacks to `report`, or to stderr; `exit_when_hung` then ends the
-        process with EXIT_CODE. A `least_s` of 0 watches nothing."""
+        """Writes the stacks to `report`, or to stderr, and calls `on_hang` with the
+        step and the seconds of silence; `exit_when_hung` then ends the process with
+        EXIT_CODE. A `least_s` of 0 watches nothing."""
         self.factor = factor
         self.least_s = least_s
         self.exit_when_hung = exit_when_hung
         self.report = report
         self.say = say
+        self.on_hang = on_hang
         self.clock = clock
         self._usual_s: deque[float] = deque(maxlen=50)
         self._lock = threading.Lock()
@@ -54,6 +59,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._step = -1
         self._since: float | None = None
+        self._pause = ""
         self._reported = False
 
     def __enter__(self) -> "Watchdog":
@@ -70,7 +76,7 @@ class Watchdog:
             self._thread.join()
 
     def beat(self, step: int) -> None:
-        """Notes that `step`, which is the index of its batch too, has ended."""
+        """Notes that `step` has ended."""
         now = self.clock()
         with self._lock:
             if self._since is not None:
@@ -78,18 +84,21 @@ class Watchdog:
             self._step, self._since, self._reported = step, now, False
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Expects no beat within."""
+    def paused(self, what: str = "a pause") -> Iterator[None]:
+        """Expects no beat within, but an end; `what` names it in a report."""
         with self._lock:
-            self._since = None
+            self._since, self._pause = self.clock(), what
         try:
             yield
         finally:
             with self._lock:
-                self._since, self._reported = self.clock(), False
+                self._since, self._pause = self.clock(), ""
+                self._reported = False
 
     def limit_s(self) -> float | None:
         """Seconds between two beats to accept by now, or None before that is known."""
+        if self._pause:
+            return PAUSE * self.least_s
         if len(self._usual_s) < 3:
             return None
         return max(self.least_s, self.factor * statistics.median(self._usual_s))
@@ -104,12 +113,15 @@ class Watchdog:
             if waited <= limit:
                 return False
             self._reported = True
-            usual = statistics.median(self._usual_s)
+            pause = self._pause
+            usual = statistics.median(self._usual_s) if self._usual_s else 0.0
+        since_what = f"since step {step} ended"
         self.say(
-            f"nothing has been heard for {waited:.1f} s, usually {usual:.2f} s, since "
-            f"step {step} (batch {step}) ended: the stacks of all threads are in "
-            f"{self._dump()}"
+            f"nothing has been heard for {waited:.1f} s "
+            + (f"from {pause}, " if pause else f"(usually {usual:.2f} s) ")
+            + f"{since_what}: the stacks of all threads are in {self._dump()}"
         )
+        self.on_hang(step, waited)
         if self.exit_when_hung:
             self.say(f"exiting with code {EXIT_CODE}: start again to continue")
             sys.stderr.flush()
