@@ -23,10 +23,8 @@ VOCAB = 320
 STEPS = 60
 
 
-def write_data(folder: Path) -> Path:
-    """Makes shards of 200 short documents with some structure to learn."""
-    from jaxllm.data.corpus import prepare
-
+def write_text(folder: Path) -> Path:
+    """Writes 200 short documents with some structure to learn."""
     rng = np.random.default_rng(0)
     words = [f"w{i}" for i in range(30)]
     lines = [
@@ -34,7 +32,14 @@ def write_data(folder: Path) -> Path:
         for k in range(200)
     ]
     (folder / "text.jsonl").write_text("\n".join(lines))
-    prepare([folder / "text.jsonl"], folder / "shards", vocab_size=VOCAB, workers=1,
+    return folder / "text.jsonl"
+
+
+def write_data(folder: Path) -> Path:
+    """Makes shards of them."""
+    from jaxllm.data.corpus import prepare
+
+    prepare([write_text(folder)], folder / "shards", vocab_size=VOCAB, workers=1,
             val_fraction=0.1)  # fmt: skip
     return folder / "shards"
 

@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from poison import poison as poison_runs
 from run_worker import tiny, write_data
 
-from jaxllm.data.batches import Batches
 from jaxllm.guard import GuardConfig
 from jaxllm.presets import PRESETS
 from jaxllm.train import guard, loop
-from jaxllm.train import step as step_module
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.digest import digest_state
 from jaxllm.train.loop import run
@@ -127,22 +126,7 @@ def small(data: Path, out: Path, guard: GuardConfig | None = None, **train: Any)
 def poison(monkeypatch):
     """A dict from batches of the data to the factor of their loss and gradient."""
     factors: dict[int, float] = {}
-    true_read, true_grads = Batches.read, step_module.loss_and_grads
-
-    def read(self, step, rows=slice(None)):
-        batch = true_read(self, step, rows)
-        factor = factors.get(int(step), 1.0) if self.split == "train" else 1.0
-        shape = batch["inputs"].shape
-        return batch | {"poison": np.full(shape, factor, np.float32)}
-
-    def loss_and_grads(config, graphdef, params, batch, step):
-        factor = batch["poison"][0, 0, 0]
-        batch = {name: x for name, x in batch.items() if name != "poison"}
-        loss, grads = true_grads(config, graphdef, params, batch, step)
-        return loss * factor, jax.tree.map(lambda g: g * factor, grads)
-
-    monkeypatch.setattr(Batches, "read", read)
-    monkeypatch.setattr(step_module, "loss_and_grads", loss_and_grads)
+    poison_runs(factors, monkeypatch.setattr)
     return factors
 
 

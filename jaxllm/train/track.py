@@ -26,8 +26,8 @@ FAILURES = 10
 CLOSE_S = 10.0
 """Seconds that a tracker has at the end of a run to take what is left."""
 
-Log = Callable[[dict[str, float], int], None]
-Close = Callable[[], None]
+Log = Callable[[dict[str, float], int], object]
+Close = Callable[[], object]
 
 
 def require_package(track: str) -> None:
