@@ -42,7 +42,7 @@ from jaxllm.train.metrics import read_jsonl
 from jaxllm.train.run import versions
 
 STEPS = 30
-BAD = dict.fromkeys((5, 14, 15, 16), math.nan)
+BAD: dict[int, float] = dict.fromkeys((5, 14, 15, 16), math.nan)
 PLACES = {
     "preparing data": ["data.corpus:_make_tokenizer", "data.corpus:_run",
                        "data.corpus:merge"],
@@ -50,7 +50,7 @@ PLACES = {
     "a save": ["train.checkpoint:make_manifest", "train.checkpoint:verify_arrays"],
     "the commit": ["train.checkpoint:seal", "train.checkpoint:sync_folder"],
     "pruning": ["train.checkpoint:prune", "train.step_folders:discard"],
-    "a rollback": ["train.rollback:restore", "train.rollback:rewrite_jsonl"],
+    "a rollback": ["train.rollback:restore", "train.rollback:forget"],
     "the end": ["train.ending:keep_last", "train.report:write_summary"],
 }  # fmt: skip
 Order = tuple[str, int, float]

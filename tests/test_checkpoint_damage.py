@@ -96,6 +96,43 @@ def test_a_folder_with_nothing_or_a_file_in_its_place_is_noticed(folder):
     assert [step for step, _ in restored.skipped] == [300, 200]
 
 
+def test_files_where_steps_belong_are_set_aside(folder):
+    (folder / "999").write_text("?")
+    (folder / "damaged-999").write_text("an earlier one")
+    (folder / "888").symlink_to("/nonexistent")
+    (folder / "latest").write_text("garbage")
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.restore(abstract_state()).step == 300
+    checkpoints.save(400, make_state(400), {})
+    checkpoints.close()
+    assert checkpoints.steps()[-1] == 400
+    assert (folder / "damaged-999").read_text() == "?"
+    assert (folder / "damaged-888").is_symlink()
+
+
+def test_a_step_of_another_run_is_passed_over(folder):
+    def stranger(meta: dict) -> str:
+        return "it is not ours" if meta["step"] == 300 else ""
+
+    restored = Checkpoints(folder).restore(abstract_state(), stranger=stranger)
+    assert restored.skipped == [(300, "it is not ours")]
+    assert_same_bits(restored.state, make_state(200))
+
+
+def test_going_back_deletes_the_newer_and_keeps_the_damaged(folder):
+    (folder / "250").mkdir()
+    checkpoints = Checkpoints(folder, keep=9)
+    assert checkpoints.restore(abstract_state(), at_most=299).step == 200
+    checkpoints.rewind(200)
+    assert checkpoints.steps() == [100, 200]
+    assert (folder / "damaged-250").is_dir()
+    checkpoints.save(201, make_state(201), {})
+    checkpoints.close()
+    assert Checkpoints(folder).restore(abstract_state()).step == 201
+    oldest = Checkpoints(folder).restore(abstract_state(), at_most=50)
+    assert oldest.step == 100, "better too new than none"
+
+
 def test_the_warning_names_the_step_and_the_reason(folder, caplog):
     (folder / "300" / "meta" / "metadata").unlink()
     with caplog.at_level(logging.WARNING, logger="jaxllm"):

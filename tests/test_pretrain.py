@@ -1,6 +1,8 @@
 """A run from end to end: it learns, it goes on where it stopped, it refuses clearly."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from jaxllm import config as configuration
 from jaxllm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from jaxllm.data.corpus import prepare
 from jaxllm.train import loop
+from jaxllm.train import run as run_module
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.digest import digest_state
 from jaxllm.train.loop import run
@@ -308,5 +311,43 @@ def test_out_of_memory_says_what_to_change(data, tmp_path, monkeypatch):
 
 def test_two_processes_do_not_train_in_one_folder(finished):
     folder = RunFolder(finished.out)
-    with folder.locked(), pytest.raises(ValueError, match="is training in"):
+    with folder.locked(), pytest.raises(ValueError, match="is training in") as caught:
         run(replace(finished, fresh=True))
+    assert getattr(caught.value, "exit_code") == 69  # noqa: B009
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_start_on_a_disk_that_takes_nothing_says_so(
+    finished, tmp_path, monkeypatch, number
+):
+    def full(path, content):
+        raise OSError(number, os.strerror(number))
+
+    config = replace(finished, out=str(tmp_path / "full"))
+    shutil.copytree(finished.out, config.out)
+    (tmp_path / "full" / "summary.json").unlink()
+    before = snapshot(tmp_path / "full")
+    monkeypatch.setattr(run_module, "write_atomically", full)
+    with pytest.raises(run_module.Unwritable, match=os.strerror(number)) as caught:
+        run(config)
+    assert caught.value.exit_code == 74
+    assert snapshot(tmp_path / "full") == before
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(finished, tmp_path, capsys):
+    other = replace(finished.train, seed=1)
+    run(replace(finished, out=str(tmp_path / "other"), train=other))
+    config = replace(finished, out=str(tmp_path / "run"), resume=True)
+    shutil.copytree(finished.out, config.out)
+    (tmp_path / "run" / "summary.json").unlink()
+    theirs, ours = (tmp_path / n / "checkpoints" / "12" for n in ("other", "run"))
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    run(config)
+    assert "continuing from the checkpoint of step 8" in capsys.readouterr().out
+    assert losses(Path(config.out)) == losses(Path(finished.out))
+    assert final_state(config) == final_state(finished)
+    happened = json.loads(
+        (tmp_path / "run" / "incidents.jsonl").read_text().split("\n")[0]
+    )
+    assert happened["reason"] == "it is another run's: train.seed is 1 there and 0 here"

@@ -21,6 +21,7 @@ import contextlib
 import logging
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,9 +99,9 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._background: threading.Thread | None = None
         self._failure = ""
+        self._made = False
         self._damaged: set[int] = set()
-        # Every error reaches the caller as one line; Orbax would print its own copy of
-        # it, with some hundred lines of traceback.
+        # Orbax would print every error too, with some hundred lines of traceback.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     def save(self, step: int, state: dict, meta: dict) -> None:
@@ -177,13 +178,15 @@ class Checkpoints:
         step: int | None = None,
         at_most: int | None = None,
         optional: tuple[str, ...] = (),
+        stranger: Callable[[dict], str] = lambda meta: "",
     ) -> Restored:
         """Loads `step`, or without it the newest step that proves undamaged.
 
         `abstract` is a nested dict of ShapeDtypeStruct; each array is put under its
         sharding, whatever mesh it was saved from (without one, on the first device).
         Steps above `at_most` are looked at only if there is no other; what is
-        `optional` in the state is left out where the checkpoint or `abstract` lacks it.
+        `optional` in the state is left out where the checkpoint or `abstract` lacks it;
+        a step of whose meta `stranger` says why it is another run's counts as damaged.
         A damaged step is passed over with a warning that names it and the reason, and
         set aside as damaged-<step> by the next save; an explicit step is not replaced.
 
@@ -196,7 +199,7 @@ class Checkpoints:
         chosen, (state, meta), skipped = newest_whole(
             self.folder,
             agreed_candidates(self.folder, step, at_most),
-            lambda folder, candidate: load_step(folder, candidate, abstract, optional),
+            lambda at, s: load_step(at, s, abstract, optional, stranger),
         )
         self._damaged = {candidate for candidate, _ in skipped}
         return Restored(chosen, state, meta, skipped)
@@ -215,20 +218,16 @@ class Checkpoints:
         )[:2]
 
     def rewind(self, step: int) -> None:
-        """Deletes the steps above `step`, the newest first, which is to be known whole.
-
-        Dead in the middle of it, a run goes on from a step that is left.
-
-        Raises: CheckpointError, on every process alike.
-        """
+        """Deletes the steps above `step`, the newest first; damaged ones are set aside.
+        Raises: CheckpointError, on every process alike."""
         self._join()
         problem = ""
         if is_first():
             try:
                 self._unfinished.mkdir(exist_ok=True)
                 for newer in [s for s in self.steps()[::-1] if s > step]:
-                    remove = set_aside if newer in self._damaged else discard
-                    remove(self.folder, newer)
+                    away = set_aside if newer in self._damaged else discard
+                    away(self.folder, newer)
             except OSError as error:
                 problem = f"cannot go back to checkpoint {step}: {one_line(error)}"
         if problem := agree(problem):
@@ -240,11 +239,13 @@ class Checkpoints:
 
         Raises: CheckpointError saying what forbids the save; OSError.
         """
-        if self._manager is None:
-            make_unfinished(self.folder)
-        elif not self._unfinished.is_dir():
+        watched = self._unfinished if self._manager else self.folder
+        if self._made and not watched.is_dir():
             # Not made again: a mount may be gone, and what is below it not the disk.
             raise CheckpointError("the folder has vanished; is its disk still mounted?")
+        if self._manager is None:
+            make_unfinished(self.folder)
+            self._made = True
         for damaged in sorted(self._damaged.intersection(self.steps())):
             aside = set_aside(self.folder, damaged)
             _warn("the damaged checkpoint %d is now %s", damaged, aside)

@@ -11,7 +11,7 @@ from jaxllm.data.tokenizer import BEGIN_ID, END_ID
 from jaxllm.generate import Sampling, generate
 from jaxllm.train.evaluate import evaluate
 from jaxllm.train.manifest import state_bytes
-from jaxllm.train.metrics import append_jsonl, seed_line, utilisation
+from jaxllm.train.metrics import append_jsonl, rewrite_jsonl, seed_line, utilisation
 from jaxllm.train.run import Run
 from jaxllm.train.step import State
 
@@ -102,6 +102,14 @@ def record(run: Run, records: list[dict[str, Any]]) -> None:
         append_jsonl(run.folder.metrics, records)
     except OSError as error:
         run.console.say(f"WARNING: figures were not written: {error}")
+
+
+def forget(run: Run, step: int) -> None:
+    """Drops the figures of the steps from `step` on, which are done again."""
+    try:
+        rewrite_jsonl(run.folder.metrics, before_step=step)
+    except OSError as error:
+        run.console.say(f"WARNING: figures from step {step} on stay twice: {error}")
 
 
 def _show(run: Run, step: int, record: dict[str, Any]) -> dict[str, float]:

@@ -31,6 +31,7 @@ class Incidents:
     def __init__(self, path: Path):
         self.path = path
         self._here: list[dict[str, Any]] = []
+        self._unwritten: list[dict[str, Any]] = []
         self._earlier = read_jsonl(path)
         self._lock = threading.Lock()
 
@@ -41,9 +42,11 @@ class Incidents:
         incident["lost_s"] = round(max(0.0, lost_s), 3)
         with self._lock:
             self._here.append(incident)
+            self._unwritten.append(incident)
             if is_first():
-                with contextlib.suppress(OSError):
-                    append_jsonl(self.path, [incident])
+                with contextlib.suppress(OSError):  # the next one tries again
+                    append_jsonl(self.path, self._unwritten)
+                    self._unwritten.clear()
 
     def report(self) -> dict[str, Any]:
         """Counts all incidents of the run by kind, and adds up the seconds lost."""

@@ -17,7 +17,7 @@ from jaxllm.train import events, origin
 from jaxllm.train.console import Console
 from jaxllm.train.device import out_of_memory, pin_kernels
 from jaxllm.train.ending import finish, say_finished, write_summary
-from jaxllm.train.metrics import read_jsonl, rewrite_jsonl
+from jaxllm.train.metrics import read_jsonl
 from jaxllm.train.position import Position
 from jaxllm.train.processes import from_first
 from jaxllm.train.rollback import Diverged, roll_back
@@ -99,7 +99,7 @@ def restore_or_init(run: Run, *, resuming: bool) -> State:
             f"{restored.meta['total_steps']}: its learning-rate schedule is stretched"
         )
     # The log of steps that a fallback lost is written again.
-    rewrite_jsonl(run.folder.metrics, before_step=step)
+    events.forget(run, step)
     run.console.say(f"continuing from the checkpoint of step {step}")
     return restored.state
 

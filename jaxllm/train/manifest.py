@@ -11,6 +11,7 @@ digest of its own:
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,16 @@ def _read_array(folder: Path, path: str, expected: dict) -> np.ndarray:
 
 
 def load_step(
-    folder: Path, step: int, abstract: dict, optional: tuple[str, ...] = ()
+    folder: Path,
+    step: int,
+    abstract: dict,
+    optional: tuple[str, ...] = (),
+    stranger: Callable[[dict], str] = lambda meta: "",
 ) -> tuple[dict, dict]:
     """Returns the state, on its devices, and the meta of the checkpoint in `folder`.
 
     What is `optional` at the top of the state is left out where the checkpoint or
-    `abstract` lacks it.
+    `abstract` lacks it. `stranger` may say of its meta why it is none of this run's.
 
     Raises: Damaged, on every process alike, unless the state proves to be the one that
     was saved; CheckpointError when it is, but is not of the form of `abstract`.
@@ -155,6 +160,7 @@ def load_step(
         if is_first():
             check_seal(folder)
         manifest = read_manifest(folder, step)
+        problem = stranger(manifest["meta"])
     except (Damaged, OSError) as error:
         problem = one_line(error)
     # Agreed on before Orbax reads, whose barriers would leave the others waiting.

@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from jaxllm.data.files import write_atomically
-from jaxllm.train.metrics import rewrite_jsonl
+from jaxllm.train.events import forget
 from jaxllm.train.processes import is_first
 from jaxllm.train.run import Run, restore
 from jaxllm.train.step import State
@@ -57,7 +57,7 @@ def roll_back(run: Run) -> State:
     restored = restore(run, at_most=at_most)
     step = restored.step
     run.checkpoints.rewind(step)
-    rewrite_jsonl(run.folder.metrics, before_step=step)
+    forget(run, step)
     run.pending.clear()
     position.tripped, position.bad_in_a_row, position.reason = None, 0, ""
     position.data_offset = last + 1 + offset - step

@@ -23,7 +23,7 @@ from jaxllm.train.incidents import Incidents
 from jaxllm.train.metrics import Meter
 from jaxllm.train.position import Position
 from jaxllm.train.processes import is_first
-from jaxllm.train.run_folder import RunFolder
+from jaxllm.train.run_folder import RunFolder, Unwritable, first_difference
 from jaxllm.train.step import Program, build
 from jaxllm.train.track import Tracker, open_tracker, require_package
 from jaxllm.train.watchdog import Watchdog
@@ -83,9 +83,15 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
     tokenizer = train.tokenizer
     token_bytes = np.zeros(config.model.vocab_size, np.int32)
     token_bytes[: tokenizer.vocab_size] = tokenizer.token_bytes()
-    folder.summary.unlink(missing_ok=True)
-    write_atomically(folder.config, configuration.to_json(config).encode())
-    tokenizer.save(folder.tokenizer)
+    try:
+        write_atomically(folder.config, configuration.to_json(config).encode())
+        tokenizer.save(folder.tokenizer)
+        folder.summary.unlink(missing_ok=True)
+    except OSError as error:
+        raise Unwritable(
+            f"the run folder {folder.path} takes no files: {error.strerror}; make room "
+            f"or choose another with --out; what is saved there is untouched"
+        ) from None
     alive_at = folder.last_sign_of_life()
     console.log = folder.log
     keep_compiled(folder.cache)
@@ -128,7 +134,9 @@ def restore(run: Run, *, at_most: int | None = None) -> Restored:
     Raises: CheckpointError.
     """
     abstract = run.program.abstract_state
-    found = run.checkpoints.restore(abstract, at_most=at_most, optional=("guard",))
+    found = run.checkpoints.restore(
+        abstract, at_most=at_most, optional=("guard",), stranger=partial(_stranger, run)
+    )
     for step, reason in found.skipped:
         run.incidents.note("fell_back", step=step, reason=reason)
     if "guard" in abstract and "guard" not in found.state:
@@ -139,6 +147,18 @@ def restore(run: Run, *, at_most: int | None = None) -> Restored:
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["guard"])
         found.state["guard"] = jax.jit(guard.init, out_shardings=layout)()
     return found
+
+
+def _stranger(run: Run, meta: dict[str, Any]) -> str:
+    """Says by which field a checkpoint proves to be another run's, if it does."""
+    try:
+        theirs = configuration.from_dict(RunConfig, meta["config"])
+    except (KeyError, ValueError):  # it does not say, or not in our words
+        return ""
+    if not (found := first_difference(theirs, run.config)):
+        return ""
+    name, there, here = found
+    return f"it is another run's: {name} is {there!r} there and {here!r} here"
 
 
 def demo_data(folder: RunFolder, config: RunConfig, console: Console) -> Path:

@@ -41,6 +41,20 @@ FREE_FIELDS = {
 KEPT_WHEN_SET_ASIDE = ("data", "cache", "archive", ".lock")
 
 
+class Busy(ValueError):
+    """Another process trains in the folder."""
+
+    exit_code = 69
+    """What a program that ends with it exits with: EX_UNAVAILABLE of sysexits.h."""
+
+
+class Unwritable(ValueError):
+    """The run folder takes no files."""
+
+    exit_code = 74
+    """As for a checkpoint that cannot be saved."""
+
+
 class RunFolder:
     """Names the files of a run, and looks after them as a whole."""
 
@@ -63,7 +77,7 @@ class RunFolder:
     def create(self) -> None:
         """Makes the folder.
 
-        Raises: ValueError if it cannot be made or written to.
+        Raises: Unwritable if it cannot be made or written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -71,7 +85,7 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise ValueError(
+            raise Unwritable(
                 f"the run folder {self.path} cannot be written: {error.strerror}; "
                 f"choose another with --out"
             ) from None
@@ -80,14 +94,14 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keeps a second training process out of the folder; the lock dies with us.
 
-        Raises: ValueError if another process trains here.
+        Raises: Busy if another process trains here.
         """
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise ValueError(
+                raise Busy(
                     f"process {file.read().strip() or '?'} is training in {self.path}: "
                     f"wait for it, stop it, or choose another folder with --out"
                 ) from None
@@ -193,14 +207,22 @@ def require_same_run(folder: RunFolder, config: RunConfig) -> None:
 
     Raises: ValueError naming the first field that differs, with both values.
     """
-    earlier, now = _identity(folder.load_config()), _identity(config)
-    for name in now:
-        if earlier[name] != now[name]:
-            raise ValueError(
-                f"{folder.path} holds a run with {name}={earlier[name]!r}, and "
-                f"{name}={now[name]!r} was asked for: give the same value to go on, "
-                f"another folder with --out, or --fresh to set the old run aside"
-            )
+    if found := first_difference(folder.load_config(), config):
+        name, earlier, now = found
+        raise ValueError(
+            f"{folder.path} holds a run with {name}={earlier!r}, and {name}={now!r} "
+            f"was asked for: give the same value to go on, another folder with --out, "
+            f"or --fresh to set the old run aside"
+        )
+
+
+def first_difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
+    """Finds the first field that makes two configurations two runs, and both values."""
+    ones, others = _identity(one), _identity(other)
+    for name in others:
+        if name in ones and ones[name] != others[name]:
+            return name, ones[name], others[name]
+    return None
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:

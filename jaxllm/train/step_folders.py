@@ -141,8 +141,7 @@ def set_aside(folder: Path, step: int) -> Path:
     Raises: OSError.
     """
     target = folder / f"damaged-{step}"
-    if target.exists():
-        shutil.rmtree(target)
+    _delete(target)
     return (folder / str(step)).rename(target)
 
 
@@ -164,4 +163,11 @@ def discard(folder: Path, step: int) -> None:
     """
     doomed = folder / UNFINISHED / f"pruned-{step}"
     (folder / str(step)).rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:  # someone's file of such a name
+        path.unlink(missing_ok=True)
