@@ -57,24 +57,26 @@ class Import:
     """Data folder on which pretrain.py --resume shall go on; empty: none yet."""
     seq_len: int = 0
     """Length in tokens of the rows of --data; 0 means the model's whole context."""
+    verify: bool = True
+    """Open the folder with transformers or torch_ref and compare its logits with what
+    was read. Where those are not installed it is skipped, unless --verify was given."""
     allow_pickle: bool = False
     """Open pickles, too: tensors and plain values are read, code never runs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and imports; returns the exit code."""
-    args = tyro.cli(
-        Import, args=argv, prog="import_weights.py", description=__doc__
-    )  # fmt: skip
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = tyro.cli(Import, args=words, prog="import_weights.py", description=__doc__)
     try:
-        import_weights(args)
+        import_weights(args, must_verify="--verify" in words)
     except (ValueError, OSError) as error:
         print(f"import_weights.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def import_weights(args: Import) -> None:
+def import_weights(args: Import, *, must_verify: bool = False) -> None:
     """Reads, checks, and writes the run folder, whole or not at all.
 
     Raises: ValueError for what the user can mend.
@@ -91,17 +93,59 @@ def import_weights(args: Import) -> None:
     else:
         config, state = _from_weights(path, args)
     tokenizer = _tokenizer(path, args, config.model)
+    proof = _prove(path, args, config.model, tokenizer, must_verify=must_verify)
     meta = _meta(config)
     with new_folder(args.out) as draft:
         write_run(draft, config, state, meta, tokenizer)
         publish(draft, args.out)
     print(
         f"{args.out}: {config.model.n_params:,} parameters in "
-        f"{config.compute.param_dtype}, step {int(state['step'])}, from {path}"
+        f"{config.compute.param_dtype}, step {int(state['step'])}, from {path}; {proof}"
     )
     if tokenizer is not None:
         print(f"next: python scripts/generate.py {args.out} --prompt 'Once'")
     print(f"next: python scripts/pretrain.py {_training(args.out, config)}")
+
+
+def _prove(
+    path: Path, args: Import, model: ModelConfig, tokenizer: Any, *, must_verify: bool
+) -> str:
+    """Opens the folder with the program of its authors and compares; says what came
+    of it.
+
+    Raises: ValueError if it computes something else there, or cannot be compared
+    although that was asked for.
+    """
+    if not args.verify:
+        return "not verified: --no-verify was given"
+    reason = ""
+    if not path.is_dir() or args.config is not None:
+        reason = "only a folder with its config.json can be opened by others"
+    else:
+        from verify_weights import missing_package
+
+        format, _ = read_config(path)
+        if missing := missing_package(format):
+            reason = f"{missing} is not installed"
+    if reason:
+        if must_verify:
+            raise ValueError(f"--verify cannot compare {path}: {reason}")
+        return f"not verified: {reason}"
+    from verify_import import verify_import
+
+    # As they lie there, before --dtype: rounding is no mistake.
+    params = read_params(path, model, format=format)
+    checks = verify_import(path, params, model, format=format, tokenizer=tokenizer)
+    wrong = [check["name"] for check in checks if not check["passed"]]
+    figures = {k: v for check in checks for k, v in check.items()}
+    if wrong:
+        raise ValueError(
+            f"{path} computes something else in "
+            f"{'transformers' if format == 'llama' else 'torch_ref'} than here "
+            f"({'; '.join(wrong)}; logits {figures['relative_l2']} apart): it was not "
+            f"imported; --no-verify imports it all the same"
+        )
+    return f"verified, logits within {figures['relative_l2']:.1e}"
 
 
 def _training(out: Path, config: RunConfig) -> str:

@@ -75,7 +75,7 @@ def verify(
     ours = our_logits(params, config)
     checks = [_bits(folder, params, config, format)]
     if format == "llama":
-        checks += _with_transformers(folder, ours, text, tokenizer)
+        checks += with_transformers(folder, ours, text, tokenizer)
     elif format == "k_model":
         checks += _with_k_model(folder, ours, text)
     elif importlib.util.find_spec("xllamacpp") is not None:
@@ -144,7 +144,10 @@ def _bits(folder, params, config, format) -> dict[str, Any]:
     }
 
 
-def _with_transformers(folder, ours, text, tokenizer) -> list[dict[str, Any]]:
+def with_transformers(
+    folder, ours, text, tokenizer, *, new=NEW_TOKENS
+) -> list[dict[str, Any]]:
+    """Opens a Llama folder in transformers; entries as in `verify`."""
     import torch
     import transformers
 
@@ -173,7 +176,7 @@ def _with_transformers(folder, ours, text, tokenizer) -> list[dict[str, Any]]:
             max_new_tokens=new, pad_token_id=END_ID, use_cache=True,
         ).numpy()  # fmt: skip
 
-    checks = [opened, *_with_torch(model, greedy, ours, text)]
+    checks = [opened, *with_torch(model, greedy, ours, text, new=new)]
     if tokenizer is not None:
         theirs = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -206,16 +209,25 @@ def _with_k_model(folder, ours, text) -> list[dict[str, Any]]:
         for a, b in zip(loaded.parameters(), model.parameters(), strict=True)
     )
 
+    opened = {"name": "opened by torch_ref, strictly", "passed": same}
+    # Without a cache every new token costs a whole pass: fewer of them.
+    greedy = uncached(model)
+    return [opened, *with_torch(model, greedy, ours, text, prompts=2, new=16)]
+
+
+def uncached(model: Any) -> Callable[[np.ndarray, int], np.ndarray]:
+    """Greedy decoding by torch_ref: ids (B, T) and a count to ids (B, T + count)."""
+    import torch
+
     def greedy(prompts_BT: np.ndarray, new: int) -> np.ndarray:
         ids = torch.from_numpy(prompts_BT)
         return model.generate(ids, new, temperature=0.0).clone().numpy()
 
-    opened = {"name": "opened by torch_ref, strictly", "passed": same}
-    # Without a cache every new token costs a whole pass: fewer of them.
-    return [opened, *_with_torch(model, greedy, ours, text, prompts=2, new=16)]
+    return greedy
 
 
-def _with_torch(model, greedy, ours, text, *, prompts=ROWS, new=NEW_TOKENS):
+def with_torch(model, greedy, ours, text, *, prompts=ROWS, new=NEW_TOKENS):
+    """Compares logits and greedy continuations of a network in PyTorch with ours."""
     import torch
 
     tokens = text.tokens_BT

@@ -231,3 +231,22 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_what_dead_processes_left_is_cleared_up_and_the_living_are_left_alone(tmp_path):
+    target = tmp_path / "out[1]"
+    with new_folder(target) as draft:
+        write_json(draft / MARK, {})
+        publish(draft, target)
+    # Killed while it wrote, and killed between two renames.
+    (tmp_path / ".out[1].partial-abcdefgh").mkdir()
+    (tmp_path / ".out[1].partial-abcdefgh" / "model.safetensors").write_bytes(b"x")
+    (tmp_path / ".out[1].old-abcdefgh").mkdir()
+    target.rename(tmp_path / ".out[1].old-abcdefgh" / "export")
+    (tmp_path / ".other.partial-abcdefgh").mkdir()
+    with new_folder(target) as living, new_folder(target):
+        assert living.is_dir()
+        assert (target / MARK).is_file()
+        left = sorted(p.name for p in tmp_path.iterdir() if "abcdefgh" in p.name)
+        assert left == [".other.partial-abcdefgh"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*left, "out[1]"]

@@ -32,6 +32,7 @@ from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.run_folder import RunFolder
 
 import_weights = script("import_weights")
+verify_import = script("verify_import")
 SMALL = MODELS["tied, 2 of 4 heads"]
 TOKENIZER = train_tokenizer(["import weights, and weights travel. " * 40], 300)
 
@@ -48,6 +49,11 @@ def write_llama(folder: Path, config: ModelConfig = SMALL, dtype: str = "float32
     write_json(folder / "config.json", llama_config(config, dtype=dtype))
     write_tensors(folder, to_state_dict(params, config, format="llama"))
     return params
+
+
+def imports(words: list[str]) -> None:
+    """Runs the command without its verification, which the random Llamas have."""
+    assert import_weights.main([*words, "--no-verify"]) == 0
 
 
 def refused(capsys, *args: object, out: Path) -> str:
@@ -83,7 +89,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_random_llamas_import_and_match_transformers(name, tmp_path):
+def test_random_llamas_import_and_match_transformers(name, tmp_path, capsys):
     torch.manual_seed(7)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**FOREIGN[name]))
     with torch.no_grad():
@@ -97,6 +103,7 @@ def test_random_llamas_import_and_match_transformers(name, tmp_path):
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) >= 2
     out = tmp_path / "run"
     assert import_weights.main([str(tmp_path / "theirs"), "--out", str(out)]) == 0
+    assert "; verified, logits within" in capsys.readouterr().out
     config, params = imported(out)
     tokens = some_tokens(config)
     found = relative(our_logits(params, config, tokens), logits_of(theirs, tokens))
@@ -110,13 +117,13 @@ def test_random_llamas_import_and_match_transformers(name, tmp_path):
 def test_a_bfloat16_llama_widens_exactly_or_stays(tmp_path):
     params = write_llama(tmp_path / "theirs", dtype="bfloat16")
     source = str(tmp_path / "theirs")
-    assert import_weights.main([source, "--out", str(tmp_path / "wide")]) == 0
+    imports([source, "--out", str(tmp_path / "wide")])
     wide = imported(tmp_path / "wide")[1]
     assert wide["norm"]["weight"].dtype == np.float32
     back = import_weights.cast_tree(wide, "bfloat16")
     assert_same(back, params)
     args = [source, "--out", str(tmp_path / "same"), "--dtype", "bfloat16"]
-    assert import_weights.main(args) == 0
+    imports(args)
     assert_same(imported(tmp_path / "same")[1], params)
     run = RunFolder(tmp_path / "same").load_config()
     assert run.compute.param_dtype == "bfloat16"
@@ -134,7 +141,7 @@ def test_old_folders_with_rotary_buffers_import_unless_scaled(tmp_path, capsys):
         write_tensors(folder, tensors)
         out = tmp_path / f"run{scale}"
         if scale == 1.0:
-            assert import_weights.main([str(folder), "--out", str(out)]) == 0
+            imports([str(folder), "--out", str(out)])
             assert_same(imported(out)[1], params)
         else:
             assert "inv_freq" in refused(capsys, folder, out=out)
@@ -151,17 +158,17 @@ def test_k_models_import_from_folder_file_and_pickle(tmp_path, capsys):
     TOKENIZER.save(folder / "tokenizer.json")
     for i, path in enumerate((folder, folder / "model.safetensors")):
         out = tmp_path / f"run{i}"
-        assert import_weights.main([str(path), "--out", str(out)]) == 0
+        imports([str(path), "--out", str(out)])
         assert_same(imported(out)[1], params)
         assert (out / "tokenizer.json").exists()
     path, out = folder / "model.pth", tmp_path / "pickled"
     assert "--allow-pickle" in refused(capsys, path, out=out)
-    assert import_weights.main([str(path), "--out", str(out), "--allow-pickle"]) == 0
+    imports([str(path), "--out", str(out), "--allow-pickle"])
     assert_same(imported(out)[1], params)
     bf16 = model.bfloat16().state_dict()
     torch.save(bf16, folder / "half.pth")
     args = [str(folder / "half.pth"), "--out", str(tmp_path / "half")]
-    assert import_weights.main([*args, "--allow-pickle"]) == 0
+    imports([*args, "--allow-pickle"])
     expected = bf16["norm.weight"].float().numpy()
     assert (imported(tmp_path / "half")[1]["norm"]["weight"] == expected).all()
 
@@ -308,10 +315,34 @@ def test_a_foreign_tokenizer_is_left_out_with_a_word(tmp_path, capsys):
     folder = tmp_path / "theirs"
     write_llama(folder)
     (folder / "tokenizer.json").write_text("{}")
-    assert import_weights.main([str(folder), "--out", str(tmp_path / "run")]) == 0
+    imports([str(folder), "--out", str(tmp_path / "run")])
     assert "without a tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "run" / "tokenizer.json").exists()
     shutil.rmtree(tmp_path / "run")
     TOKENIZER.save(folder / "tokenizer.json")
-    assert import_weights.main([str(folder), "--out", str(tmp_path / "run")]) == 0
+    imports([str(folder), "--out", str(tmp_path / "run")])
     assert (tmp_path / "run" / "tokenizer.json").exists()
+
+
+def test_an_import_that_computes_something_else_is_refused(
+    tmp_path, capsys, monkeypatch
+):
+    folder, out = tmp_path / "theirs", tmp_path / "run"
+    write_llama(folder)
+    # A loader that forgets the permutation of the rotary pairs.
+    read = import_weights.read_params
+
+    def forgetful(path, config, *, format):
+        params = read(path, config, format=format)
+        wq = params["layers"]["attention"]["wq"]
+        wq["kernel"] = np.ascontiguousarray(wq["kernel"][..., ::-1])
+        return params
+
+    monkeypatch.setattr(import_weights, "read_params", forgetful)
+    said = refused(capsys, folder, out=out)
+    assert "transformers" in said and "--no-verify" in said
+    imports([str(folder), "--out", str(out)])
+    monkeypatch.undo()
+    file = folder / "model.safetensors"
+    said = refused(capsys, file, "--verify", out=tmp_path / "other")
+    assert "--verify cannot compare" in said

@@ -7,6 +7,7 @@ tensors.py    safetensors files, sharded and checked
 gguf_file.py  one file for llama.cpp
 export.py     what goes into an exported folder
 folder.py     such a folder: all of it or nothing; its tokenizer
+chat.py       the chat template, and chats as ids
 load.py       weights that others wrote
 compare.py    how far two networks are apart
 card.py       the model card

@@ -1,6 +1,8 @@
 """An exported folder: written beside its place, made durable, then moved there."""
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -10,19 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config import ModelConfig
+from jaxllm.convert.chat import CHAT_TEMPLATE
 from jaxllm.data.tokenizer import BEGIN_ID, END_ID, SPECIAL_TOKENS, Tokenizer
 
 MARK = "parity.json"
 """The file by which a folder is known to be an export of ours, safe to replace."""
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
-    "{{ '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""ChatML as a Jinja template: <|im_start|>role, a line break, content, <|im_end|>."""
 
 
 def check_target(target: Path) -> None:
@@ -43,19 +37,21 @@ def check_target(target: Path) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `target`, for `publish` to move to its place.
 
-    Whatever was not published when the block ends, by an error or not, is removed.
+    Whatever was not published when the block ends, by an error or not, is removed; so
+    is what killed processes left there, and an export they had moved aside comes back.
 
     Raises: ValueError as `check_target`; OSError if the parent cannot be written.
     """
     check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    name = f".{target.name}.partial-"
-    draft = Path(tempfile.mkdtemp(prefix=name, dir=target.parent))
+    _clear_up(target)
+    draft, lock = _hidden_folder(target, "partial")
     draft.chmod(0o777 & ~_umask())  # mkdtemp makes it private
     try:
         yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        os.close(lock)
 
 
 def publish(draft: Path, target: Path) -> None:
@@ -68,15 +64,16 @@ def publish(draft: Path, target: Path) -> None:
     for path in [*draft.rglob("*"), draft]:
         _sync(path)
     check_target(target)
-    old = None
+    old, lock = None, -1
     if target.exists():
         # A folder cannot be renamed over one that has files: step aside first.
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        old, lock = _hidden_folder(target, "old")
         target.rename(old / "export")
     draft.rename(target)
     _sync(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+        os.close(lock)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -121,6 +118,36 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> 
         "chat_template": CHAT_TEMPLATE,
     }
     write_json(folder / "tokenizer_config.json", values)
+
+
+def _hidden_folder(target: Path, kind: str) -> tuple[Path, int]:
+    """Makes a folder beside `target`, and a lock on it that ends with this process."""
+    while True:
+        prefix = f".{target.name}.{kind}-"
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)  # another process took it for a left-over
+
+
+def _clear_up(target: Path) -> None:
+    """Removes what processes that are dead left beside `target`."""
+    for kind in ("old", "partial"):
+        name = f".{glob.escape(target.name)}.{kind}-????????"
+        for folder in target.parent.glob(name):
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if kind == "old" and not target.exists():
+                    (folder / "export").rename(target)  # killed between two renames
+                shutil.rmtree(folder, ignore_errors=True)
+            except OSError:
+                continue  # at work at this moment, or no locks here
+            finally:
+                os.close(lock)
 
 
 def _sync(path: Path) -> None:
