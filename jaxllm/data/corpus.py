@@ -1,6 +1,5 @@
 """Text files -> a data folder, in one call that can be killed and called again."""
 
-import json
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -8,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jaxllm.data.budget import Budget
 from jaxllm.data.demo import demo_files
 from jaxllm.data.files import sync_folder
-from jaxllm.data.merging import FinishedPart, finished_parts, merge, write_quarantine
-from jaxllm.data.parts import Options, Plan, tokenize_parts
+from jaxllm.data.merging import finished_parts, merge, parts_so_far
+from jaxllm.data.parts import Options, Plan, stop_run, tokenize_parts
 from jaxllm.data.progress import Progress, reporting
 from jaxllm.data.reading import plan_units
 from jaxllm.data.sampling import sample_texts
@@ -37,8 +37,6 @@ DEMO_BYTES = 8 << 20
 """How much of the standard library's source the demo corpus takes at most."""
 _SMALL_BYTES = 12 << 20
 """Inputs up to this are tokenised in this process, by threads."""
-_FEW = 10
-"""Damaged records that a small corpus may have, while they are the minority."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,7 @@ def prepare(
     without documents, and an `out` that holds something else.
     """
     out = Path(out)
-    if not bad_lines >= 0:
-        raise ValueError(f"bad_lines={bad_lines} must be a share or a number >= 0")
+    budget = Budget(bad_lines)
     if workers < 0:
         raise ValueError(f"workers={workers} must be >= 0 (0 means one per core)")
     plan, given, options = _plan(inputs, Recipe(**recipe))
@@ -115,11 +112,15 @@ def prepare(
         return ready
     with work_folder(out, plan, options) as work:
         _make_tokenizer(work, plan, given, Recipe(**recipe), say)
-        with reporting(work, plan, progress):
-            _run(work, plan, workers, executor)
-        parts = finished_parts(work, plan)
+        stopped = _tokenize_all(work, plan, workers, executor, budget, progress)
+        try:
+            parts = finished_parts(work, plan)
+        except ValueError:
+            if stopped:
+                budget.give_up(parts_so_far(work), plan, work, stopped.share)
+            raise
         _check_unchanged(plan)
-        _check_budget(parts, plan, work, bad_lines)
+        budget.check(parts, plan, work)
         say("writing shards")
         shard_tokens = options["shard_tokens"]
         merge(work, parts, plan, options=options, shard_tokens=shard_tokens)
@@ -233,9 +234,38 @@ def _train(
     return train_tokenizer(texts, vocab_size)
 
 
-def _run(work: Path, plan: Plan, workers: int, executor: str) -> None:
-    """Tokenises all parts that are not done."""
+def _tokenize_all(
+    work: Path,
+    plan: Plan,
+    workers: int,
+    executor: str,
+    budget: Budget,
+    progress: Callable[[Progress], None],
+) -> Progress | None:
+    """Tokenises all parts that are not done.
+
+    If there is too much damage it ends sooner, when the parts begun are done, and says
+    how far it was.
+    """
     run = uuid.uuid4().hex[:12]
+    hopeless = False
+    last: list[Progress] = []
+
+    def report(at: Progress) -> None:
+        nonlocal hopeless
+        last[:] = [at]
+        progress(at)
+        if not hopeless and budget.is_hopeless(at.damaged, at.records, at.share):
+            hopeless = True
+            stop_run(work, run)
+
+    with reporting(work, plan, report):
+        _run(work, run, plan, workers, executor)
+    return last[0] if hopeless else None
+
+
+def _run(work: Path, run: str, plan: Plan, workers: int, executor: str) -> None:
+    """Runs the workers where they were asked for."""
     small = sum(source.bytes for source in plan.sources) <= _SMALL_BYTES
     cores = workers or len(os.sched_getaffinity(0))
     if executor == "ray":
@@ -259,25 +289,3 @@ def _check_unchanged(plan: Plan) -> None:
                 f"input {source.path} changed while it was read: run the same command "
                 f"again"
             )
-
-
-def _check_budget(
-    parts: list[FinishedPart], plan: Plan, work: Path, bad_lines: float
-) -> None:
-    """Stops a run whose input is damaged beyond what was allowed."""
-    records = sum(part.counts["records"] for part in parts)
-    bad = sum(len(part.counts["damaged"]) for part in parts)
-    allowed = bad_lines if bad_lines >= 1 else bad_lines * records
-    if 0 < bad_lines < 1:
-        allowed = max(allowed, min(_FEW, records // 2))
-    if bad <= allowed:
-        return
-    path = work / "quarantine.jsonl"
-    write_quarantine(path, parts, plan)
-    with open(path, encoding="utf-8") as file:
-        first = json.loads(file.readline())
-    raise ValueError(
-        f"{bad} of {records} records are damaged, more than --bad-lines {bad_lines:g} "
-        f"allows; the first: {first['file']} line {first['line']}: {first['reason']}; "
-        f"all are in {path}; repair the input or raise --bad-lines"
-    )

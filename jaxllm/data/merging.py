@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,6 +74,12 @@ def finished_parts(work: Path, plan: Plan) -> list[FinishedPart]:
     return finished
 
 
+def parts_so_far(work: Path) -> list[FinishedPart]:
+    """Lists the parts that are finished at this moment, in the order of the text."""
+    paths = sorted(p for p in (work / "parts").glob("*.json") if p.name[0] != ".")
+    return [FinishedPart(json.loads(path.read_bytes()), path) for path in paths]
+
+
 def _unfinished(what: str) -> None:
     raise ValueError(
         f"preparing is not finished ({what} is still to do): run the same command again"
@@ -105,27 +112,28 @@ def merge(
     keep, held_out = _choose(parts, options["val_fraction"], options["dedup"])
     if not keep.any():
         raise ValueError("the input has no documents: every record is empty or damaged")
-    writers = {
-        split: _ShardWriter(result, split, shard_tokens, np.dtype(dtype))
-        for split in ("train", "val")
-    }
+    first = np.cumsum([0, *(part.counts["documents"] for part in parts)])
     stored = np.dtype(dtype).newbyteorder("<")
-    at = 0
-    for part in parts:
-        rows = part.documents()
-        tokens = np.fromfile(part.path.with_suffix(".tokens"), stored)
-        here = slice(at, at + len(rows))
-        for split, wanted in (("train", ~held_out[here]), ("val", held_out[here])):
-            wanted = wanted & keep[here]
-            writers[split].add(tokens, rows, wanted)
-        at += len(rows)
+    splits: dict[str, list[Shard]] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for split, wanted in (("train", keep & ~held_out), ("val", keep & held_out)):
+            pieces = [
+                _Piece(part, np.flatnonzero(wanted[start:stop]))
+                for part, start, stop in zip(parts, first, first[1:], strict=False)
+            ]
+            shards = _cut_into_shards(pieces, shard_tokens)
+            if shards:
+                (result / split).mkdir(exist_ok=True)
+            names = [f"{split}/{i:05d}.ds" for i in range(len(shards))]
+            write = partial(_write_shard, result, stored)
+            splits[split] = list(pool.map(write, names, shards))
     quarantined = write_quarantine(result / "quarantine.jsonl", parts, plan)
     tokenizer.save(result / "tokenizer.json")
     manifest = Manifest(
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         dtype=dtype,
-        splits={split: writer.close() for split, writer in writers.items()},
+        splits=splits,
         sources=_sources(work, parts, plan),
         options=options,
         records=sum(part.counts["records"] for part in parts),
@@ -166,103 +174,103 @@ def _choose(
     return keep, held_out
 
 
-class _ShardWriter:
-    """Writes documents into the shards of one split."""
+class _Piece(NamedTuple):
+    """Documents of one part that go into one shard, in order."""
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int, dtype: np.dtype):
-        self.folder = folder
-        self.split = split
-        self.shard_tokens = shard_tokens
-        self.itemsize = dtype.itemsize
-        self.shards: list[Shard] = []
-        self.files: tuple[BinaryIO, BinaryIO] | None = None
+    part: FinishedPart
+    documents: np.ndarray
+    """Which: int [n], ascending."""
 
-    def add(self, tokens: np.ndarray, rows: np.ndarray, wanted: np.ndarray) -> None:
-        """Appends the wanted ones of a part's documents."""
-        if not wanted.any():
-            return
-        tokens = tokens[np.repeat(wanted, rows["tokens"])]
-        rows = rows[wanted]
-        ends = np.cumsum(rows["tokens"], dtype=np.int64)
+
+def _cut_into_shards(pieces: list[_Piece], shard_tokens: int) -> list[list[_Piece]]:
+    """Deals pieces out: a shard is full with the document that fills it."""
+    shards: list[list[_Piece]] = []
+    room = 0
+    for part, documents in pieces:
+        if not len(documents):
+            continue
+        ends = np.cumsum(part.documents()["tokens"][documents], dtype=np.int64)
         first = 0
-        while first < len(rows):
-            if self.files is None:
-                self._open()
-            # Documents are whole in a shard: it is full with the one that fills it.
-            base = int(ends[first - 1]) if first else 0
-            room = self.shard_tokens - self.tokens
-            last = int(np.searchsorted(ends, base + room)) + 1
-            last = min(last, len(rows))
-            self._write(tokens, rows, ends, first, last)
-            if self.tokens >= self.shard_tokens:
-                self._finish()
+        while first < len(documents):
+            if room <= 0:
+                shards.append([])
+                room = shard_tokens
+            before = int(ends[first - 1]) if first else 0
+            last = int(np.searchsorted(ends, before + room)) + 1
+            last = min(last, len(documents))
+            shards[-1].append(_Piece(part, documents[first:last]))
+            room -= int(ends[last - 1]) - before
             first = last
+    return shards
 
-    def close(self) -> list[Shard]:
-        """Ends the last shard and gives the list of all."""
-        if self.files is not None:
-            self._finish()
-        return self.shards
 
-    def _open(self) -> None:
-        name = f"{self.split}/{len(self.shards):05d}.ds"
-        self.path = self.folder / name
-        self.path.parent.mkdir(exist_ok=True)
-        self.files = open(self.path, "wb"), open(index_path(self.path), "wb")  # noqa: SIM115
-        self.hashes = hashlib.sha256(), hashlib.sha256()
-        self.tokens = self.documents = self.text_bytes = 0
-
-    def _write(
-        self,
-        tokens: np.ndarray,
-        rows: np.ndarray,
-        ends: np.ndarray,
-        first: int,
-        last: int,
-    ) -> None:
-        assert self.files is not None
-        start = int(ends[first - 1]) if first else 0
-        stop = int(ends[last - 1])
-        index = (ends[first:last] - start + self.tokens).astype(INDEX_DTYPE)
-        for file, sha, data in zip(
-            self.files, self.hashes, (tokens[start:stop], index), strict=True
-        ):
-            view = np.ascontiguousarray(data).data
-            file.write(view)
-            sha.update(view)
-        self.tokens += stop - start
-        self.documents += last - first
-        self.text_bytes += int(rows["bytes"][first:last].sum(dtype=np.int64))
-
-    def _finish(self) -> None:
-        assert self.files is not None
-        for file in self.files:
+def _write_shard(
+    result: Path, dtype: np.dtype, name: str, pieces: list[_Piece]
+) -> Shard:
+    """Writes a shard's tokens and index, and hashes them on the way."""
+    path = result / name
+    hashes = hashlib.sha256(), hashlib.sha256()
+    n_documents = n_tokens = text_bytes = 0
+    with open(path, "wb") as tokens, open(index_path(path), "wb") as index:
+        for part, documents in pieces:
+            rows = part.documents()
+            bounds = np.cumsum([0, *rows["tokens"]], dtype=np.int64)
+            stored = np.fromfile(part.path.with_suffix(".tokens"), dtype)
+            # What stands together is copied together.
+            breaks = np.flatnonzero(np.diff(documents) != 1)
+            runs = zip(
+                bounds[documents[np.append(0, breaks + 1)]],
+                bounds[documents[np.append(breaks, -1)] + 1],
+                strict=True,
+            )
+            data = np.concatenate([stored[start:stop] for start, stop in runs])
+            ends = n_tokens + np.cumsum(rows["tokens"][documents], dtype=np.int64)
+            for file, sha, values in (
+                (tokens, hashes[0], data),
+                (index, hashes[1], ends.astype(INDEX_DTYPE)),
+            ):
+                file.write(values.data)
+                sha.update(values.data)
+            n_documents += len(documents)
+            n_tokens += len(data)
+            text_bytes += int(rows["bytes"][documents].sum(dtype=np.int64))
+        for file in (tokens, index):
             file.flush()
             os.fsync(file.fileno())
-            file.close()
-        self.files = None
-        tokens, index = (sha.hexdigest() for sha in self.hashes)
-        name = self.path.relative_to(self.folder).as_posix()
-        counts = (self.documents, self.tokens, self.text_bytes)
-        self.shards.append(Shard(name, *counts, tokens, index))
+    counts = (n_documents, n_tokens, text_bytes)
+    return Shard(name, *counts, *(sha.hexdigest() for sha in hashes))
 
 
 def write_quarantine(path: Path, parts: list[FinishedPart], plan: Plan) -> int:
-    """Writes one JSON object for each damaged record; gives their number."""
+    """Writes one JSON object for each damaged record; gives their number.
+
+    Where a part before is not finished yet, the line is null: nobody counted them.
+    """
 
     def lines() -> Iterator[bytes]:
-        before: Counter[tuple[int, str]] = Counter()
+        before: dict[tuple[int, str], int | None] = {}
+        following: dict[str, int] = {}
         for part in parts:
+            file, _, index = part.path.stem.rpartition("-")
+            known = int(index) == following.get(file, 0)
+            following[file] = int(index) + 1
+            for source, member, _ in part.counts["segments"]:
+                before.setdefault((source, member), 0)
+                if not known:
+                    before[source, member] = None
             for source, member, record in part.counts["damaged"]:
+                counted = before[source, member]
                 entry = {"file": plan.sources[source].path}
                 if member:
                     entry["member"] = member
-                entry["line"] = before[source, member] + record["line"]
+                entry["line"] = None if counted is None else counted + record["line"]
                 entry["reason"] = record["reason"]
                 entry["start"] = record["start"]
                 yield json.dumps(entry, ensure_ascii=False).encode() + b"\n"
             for source, member, count in part.counts["segments"]:
-                before[source, member] += count
+                counted = before[source, member]
+                if counted is not None:
+                    before[source, member] = counted + count
 
     count = sum(len(part.counts["damaged"]) for part in parts)
     path.unlink(missing_ok=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from jaxllm.data.parts import Plan
 
+_KEYS = ("consumed", "records", "damaged", "documents", "tokens", "text_bytes")
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -19,6 +21,8 @@ class Progress:
     share: float
     """Share of the bytes of the input files that is done, those of an earlier run
     included."""
+    records: int
+    damaged: int
     documents: int
     tokens: int
     text_bytes: int
@@ -32,7 +36,8 @@ class Progress:
 def reporting(
     work: Path, plan: Plan, report: Callable[[Progress], None]
 ) -> Iterator[None]:
-    """Calls `report` every second with what the finished parts add up to."""
+    """Calls `report` at once and every second with what the finished parts add up to,
+    and once more at the end."""
     stop = threading.Event()
     total = sum(source.bytes for source in plan.sources)
     began = time.monotonic()
@@ -42,27 +47,26 @@ def reporting(
         for path in (work / "parts").glob("*.json"):
             if path.name not in seen and not path.name.startswith("."):
                 counts = json.loads(path.read_bytes())
-                keys = ("consumed", "documents", "tokens", "text_bytes")
-                seen[path.name] = {key: counts[key] for key in keys}
-        return tuple(
-            sum(counts[key] for counts in seen.values())
-            for key in ("consumed", "documents", "tokens", "text_bytes")
-        )
+                counts["damaged"] = len(counts["damaged"])
+                seen[path.name] = {key: counts[key] for key in _KEYS}
+        return tuple(sum(c[key] for c in seen.values()) for key in _KEYS)
 
     before = look()
 
     def tell() -> None:
-        consumed, documents, tokens, text_bytes = look()
-        seconds = time.monotonic() - began
+        consumed, records, damaged, documents, tokens, text_bytes = look()
+        seconds = max(time.monotonic() - began, 1e-6)
         rate = (consumed - before[0]) / seconds
         report(
             Progress(
                 seconds,
                 min(consumed / total, 1.0),
+                records,
+                damaged,
                 documents,
                 tokens,
                 text_bytes,
-                (text_bytes - before[3]) / seconds,
+                (text_bytes - before[-1]) / seconds,
                 max(total - consumed, 0) / rate if rate else float("inf"),
                 stop.is_set(),
             )
@@ -72,6 +76,7 @@ def reporting(
         while not stop.wait(1.0):
             tell()
 
+    tell()
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
