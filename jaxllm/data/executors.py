@@ -59,7 +59,7 @@ class TokenizeParts(PipelineStep):
         os.chdir(self.place)  # the inputs' paths are relative to it
         # One thread a worker: the parallelism is in the workers.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        for counts in tokenize_parts(self.work, self.run_name):
+        for counts in tokenize_parts(self.work, self.run_name, world_size):
             for key in ("documents", "tokens", "text_bytes", "empty"):
                 self.stat_update(key, value=counts[key])
         return None

@@ -4,8 +4,8 @@ A part is the unit of work and of resumption: the lines whose first byte lies in
 stretch of `part_bytes` of a file (of its unpacked content, if it is compressed), or a
 bundle of whole small files. Parts depend on the files alone, never on who reads them,
 so any number of workers gives the same result. A worker walks all parts in order and
-reads those it can claim: in a compressed file the others cost it their unpacking, in a
-plain file nothing.
+reads those it can claim; a packed file is claimed as a whole, by the one that unpacks
+it, and then part by part.
 """
 
 import tarfile
@@ -71,6 +71,11 @@ def part_name(source: int, member: int, index: int) -> str:
     return f"{source:07d}-{member:06d}-{index:07d}"
 
 
+def stream_name(source: int) -> str:
+    """Names the claim on unpacking a source."""
+    return f"{source:07d}.stream"
+
+
 def plan_units(sources: Sequence[Source], part_bytes: int) -> list[Unit]:
     """Cuts the sources into units; a compressed file is one, cut while reading."""
     units: list[Unit] = []
@@ -115,6 +120,8 @@ def read_units(
     for unit in units:
         source = sources[unit.first]
         if not source.seekable:
+            if not claim(stream_name(unit.first)):
+                continue
             members: list[tuple[str, int]] = []
             yield from _stream_parts(
                 source, unit.first, claim, part_bytes, line_bytes, stretch, members

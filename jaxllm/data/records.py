@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxllm.data.reading import Segment
 
@@ -23,8 +23,7 @@ class Damage:
     """The first characters, what is not printable ASCII escaped."""
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A record's text, as str and as the UTF-8 bytes it was or will be."""
 
     text: str

@@ -80,7 +80,7 @@ def work_folder(
             write_atomically(work / "key.json", key.encode())
         (work / "parts").mkdir(exist_ok=True)
         # What an earlier run claimed or half wrote means nothing now.
-        for name in ("claims", "result", "logs"):
+        for name in ("claims", "spool", "result", "logs"):
             shutil.rmtree(work / name, ignore_errors=True)
         try:
             yield work
