@@ -4,10 +4,12 @@
     python scripts/bench.py --compare --cpu          2 CPU cores, some minutes
     python scripts/bench.py --compare --shape A      a GPU
     python scripts/bench.py --probe --shape A --budget_s 560
+    python scripts/bench.py --data --megabytes 400   preparing data and reading it
     python scripts/bench.py --table                  docs/benchmarks.md from the records
 
 Needs no data and no installation: a checkout with jax, flax, numpy, torch and
-transformers will do. Every side runs in processes of its own, which take turns.
+transformers will do (--data needs the installation). Every side runs in processes of
+its own, which take turns.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_data  # isort: skip
 from bench_common import BATCHES, SHAPES, median, run_config  # isort: skip
 from bench_probe import JOBS  # isort: skip
 from bench_process import Failed, Worker, environment, has_gpu  # isort: skip
@@ -257,6 +260,28 @@ def probe(bench: Bench) -> None:
     bench.save()
 
 
+def data(args: argparse.Namespace) -> int:
+    """Times the way of the data, in a temporary folder; returns the exit code."""
+    path = Path(args.json) if args.json else None
+    record = new_record("data", sys.argv[1:])
+    record |= {"device_kind": "cpu", "versions": bench_data.versions()}
+
+    def keep(name: str, result: Any) -> None:
+        record[name] = result
+        write(record, path)
+
+    if args.megabytes < 1:
+        print("bench.py: --megabytes must be at least 1", file=sys.stderr)
+        return 2
+    workers = args.threads or len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
+        bench_data.measure(
+            Path(folder), megabytes=args.megabytes, workers=workers, keep=keep
+        )
+    print(bench_data.data_tables(record))
+    return 0
+
+
 def settings(pairs: list[str]) -> dict[str, str]:
     """Reads NAME=VALUE pairs.
 
@@ -282,6 +307,7 @@ def make_parser() -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--compare", action="store_true", help="ours against PyTorch")
     mode.add_argument("--probe", action="store_true", help="the parts of a step")
+    mode.add_argument("--data", action="store_true", help="preparing and reading data")
     mode.add_argument("--table", action="store_true", help="write docs/benchmarks.md")
     add = parser.add_argument
     add("--shape", choices=SHAPES, help="A: 215M, T 512. B: 259M, T 2048. small: 27M, "
@@ -296,6 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--set", nargs="+", default=[], metavar="NAME=VALUE",
         help="change jaxllm's compute configuration, such as layer=plain")  # fmt: skip
     add("--jobs", nargs="+", choices=JOBS, help="only these jobs of --probe")
+    add("--megabytes", type=int, default=400, help="corpus that --data makes (400)")
     add("--budget_s", type=float, default=1800.0,
         help="seconds after which nothing new is begun (default 1800)")  # fmt: skip
     add("--build_s", type=float, default=300.0,
@@ -309,6 +336,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         print(f"docs/benchmarks.md: {regenerate()} records")
         return 0
+    if args.data:
+        return data(args)
     gpu = not args.cpu and has_gpu()
     args.shape = args.shape or ("A" if gpu else "small")
     args.batches = args.batches or list(BATCHES[args.shape][0 if gpu else 1])

@@ -1,68 +1,37 @@
-"""Measures the way of the data: preparing, memory, and reading batches.
+"""The benchmark of the data's way: preparing, its memory, and reading batches.
 
-    python scripts/bench_data.py --megabytes 200
-    python scripts/bench_data.py --megabytes 4000 --folder /big/disk/bench
-
-Generates a corpus, prepares it with all cores, and compares with what the tokenizer
-does alone on the same text, in as many processes, in the same run. Prints one JSON
-object; figures in the documentation are from it.
+`bench.py --data` runs it. The corpus is generated; the tokenizer alone is timed in as
+many processes, on the same text, before and after each preparing in the same run.
 """
 
-import json
 import os
-import shutil
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
-import tyro
 
-from jaxllm.data.batches import Batches
-from jaxllm.data.corpus import prepare
-from jaxllm.data.tokenizer import Tokenizer
-
-
-@dataclass
-class Arguments:
-    """Measures preparing and reading data."""
-
-    megabytes: int = 200
-    """Size of the generated corpus, in MB of JSON lines."""
-    workers: int = 0
-    """Processes that tokenise; 0 means one per core."""
-    folder: Path | None = None
-    """Where to put corpus and data; empty takes a temporary folder, removed after."""
-    seconds: float = 5.0
-    """Length of each measurement of the tokenizer alone and of the loader."""
+BASE_BYTES = 32_000_000
+"""Text that is drawn; a longer corpus says it again, every time with other numbers."""
+VOCAB_SIZE = 6144
+LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("packed", {}),
+    ("packed, isolated documents", {"isolate_documents": True}),
+    ("rows", {"layout": "rows"}),
+)
+PROJECTED = (32e9, 16)
+"""Bytes of text and cores that the measured slope is extended to."""
 
 
-def main() -> None:
-    args = tyro.cli(Arguments, description=__doc__)
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="bench_data."))
-    folder.mkdir(parents=True, exist_ok=True)
-    workers = args.workers or len(os.sched_getaffinity(0))
-    try:
-        report = bench_prepare(folder, args.megabytes, workers, args.seconds)
-        report |= bench_batches(folder / "data", args.seconds)
-        print(json.dumps(report, indent=1))
-    finally:
-        if args.folder is None:
-            shutil.rmtree(folder)
+def base_texts() -> list[str]:
+    """Draws texts whose words follow Zipf's law, in two scripts.
 
-
-def write_corpus(path: Path, megabytes: int) -> list[str]:
-    """Writes JSON lines whose words follow Zipf's law, in two scripts; gives a sample.
-
-    Enough different words that the tokenizer's cache does not do all the work.
+    With 80,000 words, so that the tokenizer's cache of 10,000 does not do all the work.
     """
     rng = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
@@ -76,24 +45,35 @@ def write_corpus(path: Path, megabytes: int) -> list[str]:
     ]
     rng.shuffle(words)
     table = np.array(words, object)
-    sample: list[str] = []
-    written = 0
-    with open(path, "wb") as file:
-        while written < megabytes * 1e6:
-            drawn = table[np.minimum(rng.zipf(1.3, 200_000), len(table)) - 1]
-            cuts = np.cumsum(rng.integers(50, 600, 700))
-            for piece in np.split(drawn, cuts[cuts < len(drawn)]):
-                text = " ".join(piece)
-                written += file.write(orjson.dumps({"text": text}) + b"\n")
-                if len(sample) < 4000:
-                    sample.append(text)
-    return sample
+    texts: list[str] = []
+    size = 0
+    while size < BASE_BYTES:
+        drawn = table[np.minimum(rng.zipf(1.3, 200_000), len(table)) - 1]
+        cuts = np.cumsum(rng.integers(50, 600, 700))
+        for piece in np.split(drawn, cuts[cuts < len(drawn)]):
+            texts.append(" ".join(piece))
+            size += len(texts[-1].encode())
+    return texts
+
+
+def write_corpus(path: Path, texts: list[str], size: int) -> None:
+    """Writes JSON lines of about so many bytes, no two documents equal."""
+    import orjson
+
+    written = number = 0
+    with open(path, "wb", 1 << 20) as file:
+        while written < size:
+            record = {"text": f"{number} {texts[number % len(texts)]}"}
+            written += file.write(orjson.dumps(record) + b"\n")
+            number += 1
 
 
 def raw_rate(tokenizer: Path, texts: list[str], seconds: float) -> float:
     """Measures encode_batch_fast alone in this process: bytes of text a second."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    inner = Tokenizer.load(tokenizer).inner
+    from tokenizers import Tokenizer
+
+    inner = Tokenizer.from_file(str(tokenizer))
     sizes = [len(text.encode()) for text in texts]
     done, at = 0, 0
     began = time.perf_counter()
@@ -113,67 +93,126 @@ def raw_rates(tokenizer: Path, texts: list[str], workers: int, seconds: float) -
         return sum(task.result() for task in tasks)
 
 
-def bench_prepare(
-    folder: Path, megabytes: int, workers: int, seconds: float
-) -> dict[str, Any]:
-    """Prepares a generated corpus; measures the tokenizer alone before and after."""
-    corpus, out = folder / "corpus.jsonl", folder / "data"
-    texts = write_corpus(corpus, megabytes)
-    prepare([write_small(folder, texts)], folder / "tokenizer", vocab_size=6144)
-    tokenizer = folder / "tokenizer" / "tokenizer.json"
-    before = raw_rates(tokenizer, texts, workers, seconds)
+def versions() -> dict[str, str]:
+    """The packages whose speed this is."""
+    names = ("tokenizers", "datatrove", "grain", "orjson", "numpy")
+    return {name: version(name) for name in names}
+
+
+def measure(
+    folder: Path,
+    *,
+    megabytes: int,
+    workers: int,
+    keep: Callable[[str, Any], None],
+    seconds: float = 5.0,
+) -> None:
+    """Runs everything in a folder; `keep(name, result)` gets each result as it comes.
+
+    Prepares a tenth of the corpus and the whole: what the whole costs more is the
+    slope, and memory that grew would show.
+    """
+    texts = base_texts()
+    sample = texts[::8]
+    tokenizer = _train(folder, texts, keep)
+    raws = [raw_rates(tokenizer, sample, workers, seconds)]
+    runs: list[dict[str, Any]] = []
+    for size in (megabytes * 100_000, megabytes * 1_000_000):
+        corpus = folder / "corpus.jsonl"
+        write_corpus(corpus, texts, size)
+        run = _prepare(corpus, folder / f"data{len(runs)}", tokenizer, workers)
+        raws.append(raw_rates(tokenizer, sample, workers, seconds))
+        raw = (raws[-2] + raws[-1]) / 2
+        rate = run["text_bytes"] / run["seconds"]
+        run |= {"raw_bytes_per_s": raws[-2:], "bytes_per_s": rate}
+        run |= {"share_of_raw": rate / raw}
+        run |= {
+            "tokenising_share_of_raw": run["text_bytes"] / run["tokenising_s"] / raw
+        }
+        runs.append(run)
+        keep("prepare", runs)
+    keep("projection", _projection(runs, workers))
+    keep("batches", _batches(folder / "data1", seconds))
+
+
+def _train(folder: Path, texts: list[str], keep: Callable[[str, Any], None]) -> Path:
+    """Trains the tokenizer, which is timed by itself."""
+    from jaxllm.data.tokenizer import train_tokenizer
+
+    began = time.perf_counter()
+    train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer.json")
+    took = time.perf_counter() - began
+    size = sum(len(text.encode()) for text in texts)
+    keep("train_tokenizer", {"bytes": size, "seconds": took, "entries": VOCAB_SIZE})
+    return folder / "tokenizer.json"
+
+
+def _prepare(corpus: Path, out: Path, tokenizer: Path, workers: int) -> dict[str, Any]:
+    """Prepares a corpus; times it, and watches the memory of all processes."""
+    from jaxllm.data.corpus import prepare
+
     marks: dict[str, float] = {}
 
     def mark(line: str) -> None:
         marks[line] = time.perf_counter()
 
-    with peak_memory() as peak:
+    with Memory() as memory:
         began = time.perf_counter()
         manifest = prepare(
-            [corpus],
-            out,
-            tokenizer=tokenizer,
-            workers=workers,
-            say=mark,
+            [corpus], out, tokenizer=tokenizer, workers=workers, say=mark
         )
-        total = time.perf_counter() - began
-    after = raw_rates(tokenizer, texts, workers, seconds)
-    size = sum(manifest.text_bytes(split) for split in manifest.splits)
-    tokenising = marks["writing shards"] - began
-    raw = (before + after) / 2
+        ended = time.perf_counter()
+    splits = manifest.splits
     return {
-        "cores": workers,
-        "text_mb": round(size / 1e6),
-        "tokens": sum(manifest.tokens(split) for split in manifest.splits),
-        "raw_mb_per_s": [round(rate / 1e6, 2) for rate in (before, after)],
-        "prepare_mb_per_s": round(size / total / 1e6, 2),
-        "prepare_share_of_raw": round(size / total / raw, 3),
-        "tokenising_s": round(tokenising, 1),
-        "merging_s": round(total - tokenising, 1),
-        "peak_worker_mb": round(peak["worker"] / 1e6),
-        "peak_main_mb": round(peak["main"] / 1e6),
-        "hours_for_32_gb_on_16_cores": round(
-            32e9 / size * (tokenising * workers / 16 + total - tokenising) / 3600, 2
-        ),
+        "workers": workers,
+        "documents": sum(map(manifest.documents, splits)),
+        "text_bytes": sum(map(manifest.text_bytes, splits)),
+        "tokens": sum(map(manifest.tokens, splits)),
+        "seconds": ended - began,
+        "tokenising_s": marks["writing shards"] - began,
+        "merging_s": ended - marks["writing shards"],
+        "worker_peak_bytes": max(memory.worker),
+        "main_peak_bytes": max(memory.main),
+        # Flat, or growing? The largest in each tenth of the time.
+        "worker_bytes_by_tenth": memory.tenths(memory.worker),
+        "main_bytes_by_tenth": memory.tenths(memory.main),
     }
 
 
-def write_small(folder: Path, texts: list[str]) -> Path:
-    """Writes the sample as a corpus of its own, to train the tokenizer on."""
-    path = folder / "sample.jsonl"
-    path.write_bytes(b"".join(orjson.dumps({"text": t}) + b"\n" for t in texts))
-    return path
+def _projection(runs: list[dict[str, Any]], workers: int) -> dict[str, Any]:
+    """Extends the difference of the two runs to another size and number of cores.
+
+    Tokenising is divided by the cores. Merging is not: there the disk may be the limit.
+    """
+    small, large = runs
+    grown = large["text_bytes"] - small["text_bytes"]
+    tokenising = (large["tokenising_s"] - small["tokenising_s"]) / grown
+    merging = (large["merging_s"] - small["merging_s"]) / grown
+    fixed = max(small["seconds"] - (tokenising + merging) * small["text_bytes"], 0.0)
+    size, cores = PROJECTED
+    return {
+        "text_bytes": size,
+        "cores": cores,
+        "tokenising_s_per_gb_and_core": tokenising * workers * 1e9,
+        "merging_s_per_gb": merging * 1e9,
+        "fixed_s": fixed,
+        "seconds": fixed + size * (tokenising * workers / cores + merging),
+    }
 
 
-class peak_memory:
-    """Watches this process and its children: largest resident bytes of each kind."""
+class Memory:
+    """Watches this process and its children: resident bytes, five times a second."""
 
-    def __enter__(self) -> dict[str, int]:
-        self.peak = {"main": 0, "worker": 0}
+    def __init__(self):
+        self.main: list[int] = [0]
+        self.worker: list[int] = [0]
+        """Of the largest child."""
+
+    def __enter__(self) -> "Memory":
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
-        return self.peak
+        return self
 
     def __exit__(self, *error: object) -> None:
         self.stop.set()
@@ -181,9 +220,14 @@ class peak_memory:
 
     def _watch(self) -> None:
         while not self.stop.wait(0.2):
-            self.peak["main"] = max(self.peak["main"], resident_bytes(os.getpid()))
-            for child in children(os.getpid()):
-                self.peak["worker"] = max(self.peak["worker"], resident_bytes(child))
+            self.main.append(resident_bytes(os.getpid()))
+            self.worker.append(
+                max(map(resident_bytes, children(os.getpid())), default=0)
+            )
+
+    def tenths(self, values: list[int]) -> list[int]:
+        """The largest value of each tenth of the time."""
+        return [int(part.max(initial=0)) for part in np.array_split(values, 10)]
 
 
 def children(pid: int) -> Iterator[int]:
@@ -201,21 +245,21 @@ def resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def bench_batches(data: Path, seconds: float) -> dict[str, Any]:
-    """Reads packed batches of 32 rows of 512 tokens at random places, on one core."""
-    import grain  # noqa: F401  (importing it is not part of the start)
+def _batches(data: Path, seconds: float) -> list[dict[str, Any]]:
+    """Reads batches of 32 rows of 512 tokens, shuffled, by one thread.
 
-    report: dict[str, Any] = {}
-    layouts: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("packed", {}),
-        ("isolated", {"isolate_documents": True}),
-        ("rows", {"layout": "rows"}),
-    )
-    for name, options in layouts:
-        began = time.perf_counter()
-        batches = Batches(data, seq_len=512, batch_size=32, **options)
-        batches[10**6]
-        started = time.perf_counter() - began
+    A start is opening the folder and reading a batch, here at several places of a run.
+    """
+    from jaxllm.data.batches import Batches
+
+    results = []
+    for layout, options in LAYOUTS:
+        starts = {}
+        for step in (0, 1_000_003, 500_000_000):
+            began = time.perf_counter()
+            batches = Batches(data, seq_len=512, batch_size=32, **options)
+            batches[step]
+            starts[str(step)] = time.perf_counter() - began
         memory = resident_bytes(os.getpid())
         steps = 0
         began, busy = time.perf_counter(), time.process_time()
@@ -223,18 +267,60 @@ def bench_batches(data: Path, seconds: float) -> dict[str, Any]:
             batches[steps]
             steps += 1
         busy = time.process_time() - busy
-        report[f"{name}_m_tokens_per_s"] = round(steps * 32 * 512 / busy / 1e6, 2)
-        report[f"{name}_start_s"] = round(started, 3)
-        report[f"{name}_grew_mb"] = round(
-            (resident_bytes(os.getpid()) - memory) / 1e6, 1
+        results.append(
+            {
+                "layout": layout,
+                "tokens_per_core_s": steps * 32 * 512 / busy,
+                "start_s_at_step": starts,
+                "grew_bytes": resident_bytes(os.getpid()) - memory,
+                "epochs_read": steps / batches.steps_per_epoch,
+            }
         )
-        report[f"{name}_epochs_read"] = round(steps / batches.steps_per_epoch, 2)
-    return report
+    return results
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def data_tables(record: dict[str, Any]) -> str:
+    """A data record as Markdown tables."""
+    lines = [
+        "| preparing | MB/s | tokenizer alone, before / after | of it | tokenising "
+        "alone, of it | merging s | memory MB, worker / main |",
+        "|---" * 7 + "|",
+    ]
+    for run in record.get("prepare", []):
+        raw = " / ".join(f"{rate / 1e6:.2f}" for rate in run["raw_bytes_per_s"])
+        lines.append(
+            f"| {run['text_bytes'] / 1e6:,.0f} MB, {run['workers']} workers, "
+            f"{run['seconds']:.1f} s | {run['bytes_per_s'] / 1e6:.2f} | {raw} "
+            f"| **{run['share_of_raw']:.1%}** | {run['tokenising_share_of_raw']:.1%} "
+            f"| {run['merging_s']:.1f} | {run['worker_peak_bytes'] / 1e6:,.0f} / "
+            f"{run['main_peak_bytes'] / 1e6:,.0f} |"
+        )
+    if training := record.get("train_tokenizer"):
+        lines.append(
+            f"\nTraining the tokenizer, {training['entries']:,} entries on "
+            f"{training['bytes'] / 1e6:.0f} MB: {training['seconds']:.1f} s, once and "
+            f"not counted above."
+        )
+    if record.get("prepare"):
+        tenths = record["prepare"][-1]["worker_bytes_by_tenth"]
+        memory = " ".join(f"{value / 1e6:.0f}" for value in tenths)
+        lines.append(f"Largest worker in each tenth of the longer run, MB: {memory}.")
+    if projected := record.get("projection"):
+        lines.append(
+            f"Projected for {projected['text_bytes'] / 1e9:.0f} GB on "
+            f"{projected['cores']} such cores: {projected['seconds'] / 60:.0f} minutes "
+            f"({projected['tokenising_s_per_gb_and_core']:.0f} core seconds a GB, "
+            f"merging {projected['merging_s_per_gb']:.1f} s a GB)."
+        )
+    lines += [
+        "\n| batches of 32 x 512 | M tokens/s of one core | start at step 0 / 10^6 / "
+        "5 10^8, s | memory grew MB |",
+        "|---" * 4 + "|",
+    ]
+    for row in record.get("batches", []):
+        starts = " / ".join(f"{s:.3f}" for s in row["start_s_at_step"].values())
+        lines.append(
+            f"| {row['layout']} | {row['tokens_per_core_s'] / 1e6:.1f} | {starts} "
+            f"| {row['grew_bytes'] / 1e6:.1f} |"
+        )
+    return "\n".join(lines)

@@ -10,22 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import ROOT, SHAPES  # isort: skip
+from bench_data import data_tables  # isort: skip
 from jaxllm.train.metrics import flops_per_token, peak_flops  # isort: skip
 
 RECORDS = ROOT / "docs" / "benchmarks"
 TABLE = ROOT / "docs" / "benchmarks.md"
 
 
-def new_record(kind: str, argv: list[str], shape: str) -> dict[str, Any]:
-    """A record of this machine, this commit and this command, without results."""
-    model = SHAPES[shape]
-    half, full = flops_per_token(model, model.max_seq_len)
-    return {
+def new_record(kind: str, argv: list[str], shape: str = "") -> dict[str, Any]:
+    """A record of this machine, this commit and this command, without results.
+
+    Without a shape it is not about a model.
+    """
+    record = {
         "kind": kind,
         "command": " ".join(["python", "scripts/bench.py", *argv]),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": _machine(),
+    }
+    if not shape:
+        return record
+    model = SHAPES[shape]
+    half, full = flops_per_token(model, model.max_seq_len)
+    return record | {
         "shape": shape,
         "model": {
             "parameters": model.n_params,
@@ -147,15 +155,23 @@ def _section(name: str, record: dict[str, Any]) -> list[str]:
         for library, version in sorted(record.get("versions", {}).items())
         if version
     )
+    about, model = record["kind"], ""
+    if "model" in record:
+        about += f", shape {record['shape']}"
+        model = (
+            f"{record['model']['parameters']:,} parameters, vocabulary "
+            f"{record['model']['vocab_size']:,}, T {record['model']['seq_len']}; "
+        )
     parts = [
-        f"## {record['kind']}, shape {record['shape']}, {device}",
+        f"## {about}, {device}",
         f"{record['when']}, commit {record['commit']}, record `{name}`  \n"
         f"`{record['command']}`  \n"
-        f"{record['model']['parameters']:,} parameters, vocabulary "
-        f"{record['model']['vocab_size']:,}, T {record['model']['seq_len']}"
-        + (f"; {versions}" if versions else "")
+        + model
+        + versions
         + (f"; driver {machine['driver']}" if machine.get("driver") else ""),
     ]
+    if record["kind"] == "data":
+        parts.append(data_tables(record))
     if record.get("results"):
         parts.append(results_table(record["results"]))
     probes: dict[str, list[dict[str, Any]]] = {}
