@@ -122,7 +122,7 @@ class DataConfig:
     """Seed of the order in which rows are read."""
     verify: bool = False
     """Compare every shard with the hash in its manifest before the first step; sizes
-    are always compared."""
+    are always compared. --verify-data is the same."""
 
     def __post_init__(self):
         require_choices("data", self)

@@ -7,6 +7,7 @@ Parquet and plain text; files, folders and patterns. Can be killed at any moment
 same command goes on where it stopped, and the result is the same to the byte.
 """
 
+import errno
 import sys
 import time
 from dataclasses import dataclass
@@ -172,7 +173,10 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        goes_on = ""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            goes_on = ": make room beside --out; the same command goes on from here"
+        print(f"error: {error}{goes_on}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)

@@ -19,6 +19,10 @@ Presets:
 """
 
 
+ALIASES = {"--verify-data": "--data.verify"}
+"""Other spellings of flags."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and trains."""
     config = parse(list(sys.argv[1:] if argv is None else argv))
@@ -32,6 +36,7 @@ def parse(argv: list[str]) -> RunConfig:
 
     Raises: ValueError for an unknown preset; SystemExit for --help and bad values.
     """
+    argv = [ALIASES.get(word, word) for word in argv]
     name = argv.pop(0) if argv and not argv[0].startswith("-") else None
     base = preset(name or "demo")
     if name is None and "--resume" in argv and not {"-h", "--help"} & set(argv):

@@ -76,3 +76,12 @@ def test_readers_of_runs_refuse_what_is_no_run(script, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_bytes(b"\x80\x02binary")
     assert "config.json" in refused(script, "run", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--verify-data", "--data.verify"])
+def test_data_is_verified_on_request(flag):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import pretrain  # pyright: ignore[reportMissingImports]
+
+    assert pretrain.parse([flag]).data.verify
+    assert not pretrain.parse([]).data.verify

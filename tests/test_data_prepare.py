@@ -309,6 +309,26 @@ def test_an_archive_that_ends_inside_a_header_is_named(tmp_path, packing):
     assert "ends inside a header" in entry["reason"]
 
 
+def test_a_sparse_member_is_named_and_the_others_arrive(tmp_path):
+    path = tmp_path / "corpus.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, sparse in (("a.jsonl", False), ("b.jsonl", True), ("c.jsonl", False)):
+            data = record(name) + b"\n"
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            if sparse:
+                size = str(len(data))
+                info.pax_headers = {
+                    "GNU.sparse.map": f"0,{size}",
+                    "GNU.sparse.size": size,
+                }
+            archive.addfile(info, io.BytesIO(data))
+    prepare([path], tmp_path / "data", vocab_size=300)
+    assert sorted(all_texts(tmp_path / "data")) == ["a.jsonl", "c.jsonl"]
+    (entry,) = quarantine_of(tmp_path / "data")
+    assert entry["member"] == "b.jsonl" and "sparse member" in entry["reason"]
+
+
 def test_a_flipped_byte_in_a_packed_file_is_named(tmp_path):
     texts = lines_of(500)
     packed = bytearray(gzip.compress(b"\n".join(map(record, texts))))

@@ -24,7 +24,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
-from jaxllm.data.parts import tokenize_parts
+from jaxllm.data.parts import stop_run, tokenize_parts
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,14 @@ class TokenizeParts(PipelineStep):
         os.chdir(self.place)  # the inputs' paths are relative to it
         # One thread a worker: the parallelism is in the workers.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        for counts in tokenize_parts(self.work, self.run_name, world_size):
-            for key in ("documents", "tokens", "text_bytes", "empty"):
-                self.stat_update(key, value=counts[key])
+        try:
+            for counts in tokenize_parts(self.work, self.run_name, world_size):
+                for key in ("documents", "tokens", "text_bytes", "empty"):
+                    self.stat_update(key, value=counts[key])
+        except Exception:
+            # Without this part nothing comes of the run: the others need not go on.
+            stop_run(self.work, self.run_name)
+            raise
         return None
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from jaxllm.data.parts import Plan
 
+EVERY_S = 1.0
+"""Seconds between two looks."""
 _KEYS = ("consumed", "records", "damaged", "documents", "tokens", "text_bytes")
 
 
@@ -36,8 +38,8 @@ class Progress:
 def reporting(
     work: Path, plan: Plan, report: Callable[[Progress], None]
 ) -> Iterator[None]:
-    """Calls `report` at once and every second with what the finished parts add up to,
-    and once more at the end."""
+    """Calls `report` with what the finished parts add up to: at once, every EVERY_S
+    seconds, and at the end."""
     stop = threading.Event()
     total = sum(source.bytes for source in plan.sources)
     began = time.monotonic()
@@ -73,7 +75,7 @@ def reporting(
         )
 
     def repeat() -> None:
-        while not stop.wait(1.0):
+        while not stop.wait(EVERY_S):
             tell()
 
     tell()

@@ -209,9 +209,13 @@ def _members(source: Source, raw: IO[bytes]) -> Iterator[tuple[str, Kind, Read]]
         for member in tarfile.TarFile(fileobj=file):
             kind, packing, nested = kind_of(member.name, named=False)
             hidden = member.name.rpartition("/")[2].startswith(".")
-            known = kind not in (None, "parquet") and not nested and not hidden
-            if known and member.isreg() and not member.issparse():
-                assert kind is not None
+            if kind in (None, "parquet") or nested or hidden or not member.isreg():
+                continue
+            assert kind is not None
+            if member.issparse():
+                error = tarfile.ReadError("sparse member: unpack the archive with tar")
+                yield member.name, kind, _failing(error)
+            else:
                 content = member_reader(file, member.offset_data, member.size)
                 yield member.name, kind, unpacked(content, packing)
         # tarfile takes a cut header for the end; the packing and the length can tell.
