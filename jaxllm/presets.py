@@ -6,8 +6,8 @@ from collections.abc import Callable
 from jaxllm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from jaxllm.guard import GuardConfig
 
-# Far above what training shows by itself (3 in 200 steps of the demo), far below the
-# spikes that undo days. None where a run is compared with PyTorch's, step by step.
+# Above what training shows by itself, below the spikes that undo days. None where a run
+# is compared with PyTorch's, step by step.
 SPIKES = GuardConfig(spike_factor=10.0)
 
 
