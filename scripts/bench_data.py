@@ -113,15 +113,14 @@ def measure(
     slope, and memory that grew would show.
     """
     texts = base_texts()
-    sample = texts[::8]
     tokenizer = _train(folder, texts, keep)
-    raws = [raw_rates(tokenizer, sample, workers, seconds)]
+    raws = [raw_rates(tokenizer, texts, workers, seconds)]
     runs: list[dict[str, Any]] = []
     for size in (megabytes * 100_000, megabytes * 1_000_000):
         corpus = folder / "corpus.jsonl"
         write_corpus(corpus, texts, size)
         run = _prepare(corpus, folder / f"data{len(runs)}", tokenizer, workers)
-        raws.append(raw_rates(tokenizer, sample, workers, seconds))
+        raws.append(raw_rates(tokenizer, texts, workers, seconds))
         raw = (raws[-2] + raws[-1]) / 2
         rate = run["text_bytes"] / run["seconds"]
         run |= {"raw_bytes_per_s": raws[-2:], "bytes_per_s": rate}
