@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,10 +90,37 @@ FOREIGN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+def drawn(seed: int) -> dict[str, Any]:
+    """Sizes and constants as nobody would choose them together."""
+    rng = np.random.default_rng(seed)
+
+    def one_of(*values: Any) -> Any:
+        return values[rng.integers(len(values))]
+
+    groups, kv_heads = one_of(1, 2, 3, 5), one_of(1, 2, 3)
+    return dict(
+        hidden_size=groups * kv_heads * one_of(8, 10, 24),
+        intermediate_size=int(rng.integers(20, 200)),
+        num_hidden_layers=one_of(1, 2, 4),
+        num_attention_heads=groups * kv_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=one_of(2, 10, 48, 64),
+        vocab_size=int(rng.integers(260, 500)),
+        max_position_embeddings=one_of(40, 300, 4096),
+        rope_theta=one_of(100.0, 10000.0, 500000.0, 8e6),
+        rms_norm_eps=one_of(1e-3, 1e-5, 1e-6, 1e-8),
+        tie_word_embeddings=one_of(True, False),
+    )  # fmt: skip
+
+
+LLAMAS = FOREIGN | {f"drawn {seed}": drawn(seed) for seed in range(3)}
+
+
+@pytest.mark.parametrize("name", LLAMAS)
 def test_random_llamas_import_and_match_transformers(name, tmp_path, capsys):
     torch.manual_seed(7)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**FOREIGN[name]))
+    values: dict[str, Any] = LLAMAS[name]
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.ndim == 2:
@@ -99,13 +128,23 @@ def test_random_llamas_import_and_match_transformers(name, tmp_path, capsys):
             else:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     size = sum(p.numel() * 4 for p in theirs.parameters())
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=size // 2)
-    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) >= 2
-    out = tmp_path / "run"
-    assert import_weights.main([str(tmp_path / "theirs"), "--out", str(out)]) == 0
-    assert "; verified, logits within" in capsys.readouterr().out
+    folder, out = tmp_path / "theirs", tmp_path / "run"
+    theirs.save_pretrained(folder, max_shard_size=size // 2)
+    assert len(list(folder.glob("*.safetensors"))) >= 2
+    foreign = name.startswith("drawn")
+    if foreign:
+        # A tokenizer as others make them: its own special tokens, lower case.
+        text = TOKENIZER._text.replace("<|im_start|>", "[CLS]")
+        (folder / "tokenizer.json").write_text(text)
+    capsys.readouterr()
+    assert import_weights.main([str(folder), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "; verified, logits within" in said.out
+    assert ("[CLS]" in said.err and "without a tokenizer" in said.err) == foreign
+    assert not (out / "tokenizer.json").exists()
     config, params = imported(out)
-    tokens = some_tokens(config)
+    length = min(256, config.max_seq_len)
+    tokens = some_tokens(config)[:, :length]
     found = relative(our_logits(params, config, tokens), logits_of(theirs, tokens))
     print(f"{name}: relative L2 {found:.1e}, gate 1e-5")
     assert found < 1e-5
@@ -214,6 +253,18 @@ def _tensors(folder: Path, change) -> None:
     write_tensors(folder, tensors)
 
 
+def _header(folder: Path, change) -> None:
+    """Rewrites the header of model.safetensors, and nothing behind it."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    before = content[8:end].decode()
+    after = change(before)
+    assert after != before
+    size = len(after).to_bytes(8, "little")
+    path.write_bytes(size + after.encode() + content[end:])
+
+
 def _set(name: str, value):
     return lambda folder: _tensors(folder, lambda t: t.update({name: value(t[name])}))
 
@@ -248,6 +299,57 @@ DAMAGE = {
     "untied without a head": (
         lambda f: _edit(f, tie_word_embeddings=False),
         "lm_head.weight",
+    ),
+    "a number beyond all floats": (
+        lambda f: _edit(f, rms_norm_eps=10**400),
+        "rms_norm_eps",
+    ),
+    "a name twice in config.json": (
+        lambda f: (f / "config.json").write_text(
+            '{"vocab_size": 307, "vocab_size": 9}'
+        ),
+        "'vocab_size' twice",
+    ),
+    "a tensor twice": (
+        lambda f: _header(
+            f,
+            lambda text: text.replace(
+                "{",
+                '{"model.norm.weight": '
+                '{"dtype": "F32", "shape": [64], "data_offsets": [0, 256]},',
+                1,
+            ),
+        ),
+        "model.safetensors",
+    ),
+    "overlapping tensors": (
+        lambda f: _header(
+            f,
+            lambda text: re.sub(
+                r'("model.norm.weight".*?"data_offsets":)\[\d+,\d+\]',
+                r"\1[0,256]",
+                text,
+            ),
+        ),
+        "model.safetensors",
+    ),
+    "a lie about a dtype": (
+        lambda f: _header(
+            f,
+            lambda text: text.replace(
+                '"model.norm.weight":{"dtype":"F32","shape":[64]',
+                '"model.norm.weight":{"dtype":"F16","shape":[128]',
+            ),
+        ),
+        "model.norm.weight",
+    ),
+    "a header beyond the file": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 7 + b"\0" * 9),
+        "model.safetensors",
+    ),
+    "an empty file": (
+        lambda f: (f / "model.safetensors").write_bytes(b""),
+        "model.safetensors",
     ),
     "truncated": (
         lambda f: os.truncate(f / "model.safetensors", 5000),

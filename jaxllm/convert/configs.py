@@ -1,7 +1,7 @@
 """ModelConfig <-> the config.json of torch_ref.k_model and of Hugging Face Llama."""
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -140,11 +140,6 @@ def config_from_llama(values: Mapping[str, Any]) -> ModelConfig:
                 f"config.json lacks {name!r}: take the file that belongs to the weights"
             )
     # Defaults below are those of transformers' LlamaConfig.
-    tied = values.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise ValueError(
-            f"config.json: tie_word_embeddings={tied!r} must be true or false"
-        )
     n_heads, n_kv_heads = (
         values["num_attention_heads"],
         values.get("num_key_value_heads"),
@@ -160,7 +155,7 @@ def config_from_llama(values: Mapping[str, Any]) -> ModelConfig:
         norm_eps=_number("rms_norm_eps", values.get("rms_norm_eps", 1e-6)),
         max_seq_len=values.get("max_position_embeddings", 2048),
         rope_theta=_rope_theta(values),
-        tie_word_embeddings=tied,
+        tie_word_embeddings=values.get("tie_word_embeddings", False),
     )
 
 
@@ -236,9 +231,15 @@ def _rope_theta(values: Mapping[str, Any]) -> float:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"config.json: {name}={value!r} must be a number")
-    if not math.isfinite(value):
+    # An integer may be too large to be any float.
+    if abs(value) > sys.float_info.max or value != value:
         raise ValueError(f"config.json: {name}={value!r} must be finite")
     return value
+
+
+def _require_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {name}={value!r} must be true or false")
 
 
 def _given(name: str, value: Any) -> Any:
@@ -252,6 +253,7 @@ def _model_config(**fields: Any) -> ModelConfig:
     for name in ("norm_eps", "rope_theta", "dropout"):
         if name in fields:
             fields[name] = _number(name, fields[name])
+    _require_bool("tie_word_embeddings", fields.get("tie_word_embeddings", True))
     try:
         return ModelConfig(**fields)
     except TypeError as error:

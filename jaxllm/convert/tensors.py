@@ -112,8 +112,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises: ValueError naming the file, if it is something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:  # also numbers of 5,000 digits
         raise ValueError(
             f"{path} is not valid JSON ({error}): fetch it again"
         ) from None
@@ -145,7 +146,14 @@ def _open(path: Path) -> dict[str, np.ndarray]:
         ) from None
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        text = file.read(size).decode()
+    try:
+        # Readers differ in which of two equal names they take.
+        header = json.loads(text, object_pairs_hook=_without_doubles)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not an intact safetensors file ({error}): fetch it again"
+        ) from None
     header.pop("__metadata__", None)
     data = None
     if path.stat().st_size > 8 + size:  # an empty mapping is an error
@@ -167,6 +175,15 @@ def _open(path: Path) -> dict[str, np.ndarray]:
         # A view at any offset: headers written by others need not align the data.
         tensors[name] = _view(data, start, end, dtype, shape)
     return tensors
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it holds {double!r} twice")
+    return values
 
 
 def _view(
