@@ -29,8 +29,9 @@ def read_config(path: Path, given: Path | None = None) -> tuple[Format, ModelCon
             f"{file} does not exist: weights alone do not tell how many heads they "
             f"have; give the file with --config"
         )
+    values = read_json(file)
     try:
-        format, config = config_from(read_json(file))
+        format, config = config_from(values)
     except ValueError as error:
         raise ValueError(
             f"{file}: {str(error).removeprefix('config.json: ')}"
