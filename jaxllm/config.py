@@ -18,6 +18,7 @@ from jaxllm.fields import from_dict as from_dict
 from jaxllm.fields import require_choices, require_int
 from jaxllm.fields import to_json as to_json
 from jaxllm.guard import GuardConfig
+from jaxllm.parallel import DistributedConfig, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -181,26 +182,6 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
-    """The device mesh. -1 means all devices the other axes leave over."""
-
-    data: int = -1
-    """Devices along the batch, each with a full copy of the weights."""
-    fsdp: int = 1
-    """Devices along the batch that also share out the weights."""
-    tensor: int = 1
-    """Devices that share the heads and the feed-forward width of each layer."""
-
-    def __post_init__(self):
-        for name in ("data", "fsdp", "tensor"):
-            value = getattr(self, name)
-            if value != -1:
-                require_int(f"parallel.{name}", value, at_least=1)
-        if sum(getattr(self, name) == -1 for name in ("data", "fsdp", "tensor")) > 1:
-            raise ValueError("parallel: only one of data, fsdp, tensor may be -1")
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """The length of the run and its rhythm. One step is one optimizer update."""
 
@@ -289,6 +270,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
 

@@ -3,7 +3,9 @@
 run_worker.py OUT DATA [name=value ...]: `devices`, `stop_at` (asks for a stop as a
 signal would), `full_from` and `full_to` (steps between which no file grows beyond
 64 KiB), `pause_s` (seconds a step), `hang_at` (a step at which the data never comes),
-and any field of TrainConfig.
+`fail_at` (raises in that step), `double` (computes in float64), `fsdp`, any field of
+TrainConfig; `processes`, `process` and `port`, where it is one of several, which hear
+of a death within 10 s.
 """
 
 import json
@@ -11,13 +13,16 @@ import os
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxllm.compute import ComputeConfig
 from jaxllm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from jaxllm.parallel import DistributedConfig, ParallelConfig
 
 VOCAB = 320
 STEPS = 60
@@ -75,6 +80,18 @@ def main(out: str, data: str, *orders: str) -> None:
     stop_at = given.pop("stop_at", -1)
     full = range(int(given.pop("full_from", 0)), int(given.pop("full_to", 0)))
     pause_s, hang_at = given.pop("pause_s", 0.0), given.pop("hang_at", -1)
+    fail_at = given.pop("fail_at", -1)
+    compute = ComputeConfig()
+    if given.pop("double", 0):
+        jax.config.update("jax_enable_x64", True)
+        compute = ComputeConfig(param_dtype="float64", compute_dtype="float64")
+    distributed = DistributedConfig()
+    if count := int(given.pop("processes", 0)):
+        distributed = DistributedConfig(
+            coordinator=f"localhost:{int(given.pop('port'))}", num_processes=count,
+            process_id=int(given.pop("process")), heartbeat_s=10,
+        )  # fmt: skip
+    parallel = ParallelConfig(fsdp=int(given.pop("fsdp", 1)))
     asked = stop.Stop()
     true_prefetched = loop.prefetched
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -85,13 +102,18 @@ def main(out: str, data: str, *orders: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
             if item[0] == stop_at:
                 asked.request()
+            if item[0] == fail_at:
+                raise RuntimeError("an accident in one process")
             time.sleep(1000 if item[0] == hang_at else pause_s)
             yield item
 
     loop.prefetched, loop.Stop = prefetched, lambda: asked
     train = {name: int(value) for name, value in given.items()}
     try:
-        loop.run(tiny(out, data, **train))
+        config = tiny(out, data, **train)
+        loop.run(
+            replace(config, distributed=distributed, compute=compute, parallel=parallel)
+        )
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -15,7 +15,7 @@ LONGEST_FILE = 330
 # A module may import from its own storey and from those below.
 STOREYS = (
     ("jaxllm.fields",),
-    ("jaxllm.compute", "jaxllm.guard"),
+    ("jaxllm.compute", "jaxllm.guard", "jaxllm.parallel"),
     ("jaxllm.config",),
     ("jaxllm.presets",),
     ("jaxllm.kernels", "jaxllm.data"),
@@ -28,6 +28,7 @@ WITHOUT_JAX = (
     "jaxllm.fields",
     "jaxllm.compute",
     "jaxllm.guard",
+    "jaxllm.parallel",
     "jaxllm.config",
     "jaxllm.presets",
     "jaxllm.convert",

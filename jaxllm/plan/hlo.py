@@ -20,7 +20,7 @@ NO_KERNEL = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all",
     "partition-id", "replica-id", "opt-barrier", "while", "conditional", "call",
     "async-done", "all-reduce-done", "all-gather-done", "collective-permute-done",
-    "copy-done",
+    "reduce-scatter-done", "all-to-all-done", "copy-done",
 }  # fmt: skip
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
@@ -70,6 +70,31 @@ class Kernel:
         return self.read + self.written
 
 
+@dataclass(frozen=True)
+class Collective:
+    """One exchange between devices, as the compiled program schedules it."""
+
+    kind: str
+    """One of COLLECTIVES."""
+    dtypes: tuple[str, ...]
+    bytes: int
+    """Of what is exchanged, whole: what every device has after an all-gather, and
+    before a reduce-scatter or an all-reduce."""
+    group: int
+    """Devices that take part in it together."""
+    runs: int
+    asynchronous: bool
+    """Whether it is started in one place and awaited in another."""
+    behind: int
+    """Matrix products and attention kernels that run between the two."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends, on a ring, each time it runs."""
+        share = (self.group - 1) / self.group
+        return self.bytes * share * (2 if self.kind == "all-reduce" else 1)
+
+
 class Program:
     """The computations of an HLO module, by name."""
 
@@ -92,6 +117,72 @@ class Program:
     def kernels(self) -> list[Kernel]:
         """Every launch of a step."""
         return list(self._walk(self.entry, 1))
+
+    def collectives(self) -> list[Collective]:
+        """Every exchange of a step, in the order of the schedule."""
+        return list(self._exchanges(self.entry, 1))
+
+    def _exchanges(self, computation: str, runs: int) -> Iterator[Collective]:
+        body = self.computations[computation]
+        order = list(body.values())
+        for place, instruction in enumerate(order):
+            yield from self._exchanges_below(instruction, runs)
+            kind = self._exchange(instruction)
+            if not kind or instruction.op.endswith("-done"):
+                continue
+            done = next(
+                (
+                    later
+                    for later in range(place + 1, len(order))
+                    if instruction.name in order[later].operands
+                    and order[later].op.endswith("-done")
+                ),
+                place,
+            )
+            between = order[place + 1 : done]
+            operands = [body[name] for name in instruction.operands if name in body]
+            group = group_size(instruction.rest)
+            if instruction.op == "async-start":
+                called = instruction.attribute(r"calls=%?([\w.\-]+)")
+                inside = self.computations[called].values()
+                group = max(group_size(x.rest) for x in inside)
+            whole = sum(size(operand.type) for operand in operands)
+            yield Collective(
+                kind=kind,
+                dtypes=tuple(sorted({x.type.split("[")[0] for x in operands})),
+                bytes=whole * (group if kind == "all-gather" else 1),
+                group=group,
+                runs=runs,
+                asynchronous=instruction.op.endswith("-start"),
+                behind=sum(self._is_product(x) for x in between),
+            )
+
+    def _exchanges_below(self, instruction, runs: int) -> Iterator[Collective]:
+        if instruction.op == "while":
+            trips = int(instruction.attribute(r'"known_trip_count":\{"n":"(\d+)"') or 1)
+            yield from self._exchanges(
+                instruction.attribute(r"body=%?([\w.\-]+)"), runs * trips
+            )
+        elif instruction.op in ("call", "conditional"):
+            for name in re.findall(
+                r"(?:to_apply|true_computation|false_computation)=%?([\w.\-]+)",
+                instruction.rest,
+            ):
+                yield from self._exchanges(name, runs)
+
+    def _exchange(self, instruction: Instruction) -> str:
+        """Which of COLLECTIVES an instruction is, or ""."""
+        op = instruction.op
+        if op == "async-start":
+            called = instruction.attribute(r"calls=%?([\w.\-]+)")
+            ops = [x.op for x in self.computations.get(called, {}).values()]
+        else:
+            ops = [op]
+        return next((c for c in COLLECTIVES for op in ops if op.startswith(c)), "")
+
+    def _is_product(self, instruction: Instruction) -> bool:
+        called = instruction.attribute(r"calls=%?([\w.\-]+)")
+        return self._kind(instruction, called) in ("matmul", "attention")
 
     def _walk(self, computation: str, runs: int) -> Iterator[Kernel]:
         body = self.computations[computation]
@@ -190,6 +281,19 @@ def _share(value: Instruction, users: dict[str, list[Instruction]]) -> float:
         else:
             return 1.0
     return min(share, 1.0)
+
+
+def group_size(attributes: str) -> int:
+    """Devices of one group of a collective's replica_groups, in any of XLA's forms."""
+    text = attributes.partition("replica_groups=")[2]
+    if found := re.match(r"\{\{([\d,]+)\}", text):
+        return found[1].count(",") + 1
+    if found := re.match(r"\[\d+,(\d+)\]<=", text):
+        return int(found[1])
+    if found := re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+    return 2 if "source_target_pairs=" in attributes else 1
 
 
 def elements(hlo_type: str) -> int:

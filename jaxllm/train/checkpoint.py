@@ -1,12 +1,12 @@
 """Checkpoints that can be believed: saved in the background, read back, sealed.
 
-A save passes four stations. Orbax writes `.unfinished/<step>`; a background
-thread reads every array back from there and compares its digest with the one taken on
-the device before the save; the folder is sealed (seal.py); and one rename makes it
-visible as `<step>`. Hence a step that can be seen has been proven readable, and death
-at any moment leaves at worst an invisible remainder, which the next save clears away.
-Only then are older steps pruned. `restore` checks the seal and what arrived on the
-devices, and falls back to the newest older step where either differs.
+A save passes four stations. Orbax writes `.unfinished/<step>`; a background thread
+reads every array back from there and compares its digest with the one taken on the
+device before the save; the folder is sealed (seal.py); and one rename makes it visible
+as `<step>`. Hence a step that can be seen has been proven readable, and death at any
+moment leaves at worst an invisible remainder, which the next save clears away. Only
+then are older steps pruned. `restore` checks the seal and what arrived on the devices,
+and falls back to the newest older step where either differs.
 
     checkpoints/
       1000/            sealed by 1000/SHA256SUMS (try sha256sum -c)
@@ -25,12 +25,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 
 from jaxllm.train.manifest import (
     load_arrays,
     load_step,
     make_manifest,
+    open_manager,
     read_manifest,
     state_bytes,
     verify_arrays,
@@ -118,10 +120,9 @@ class Checkpoints:
         try:
             manifest = make_manifest(step, state, meta)
             if self._manager is None:
-                self._manager = _open_manager(self._unfinished)
+                self._manager = open_manager(self._unfinished)
             self._manager.reload()  # it still lists what has been published or failed
-            # Forced: Orbax would skip a step by its own policy and say so only by
-            # returning False, as it does for a step not above its newest.
+            # Forced: Orbax would skip a step by its own policy, and only return False.
             started = self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -155,6 +156,14 @@ class Checkpoints:
             self.wait()
         finally:
             self._drop_manager()
+
+    def let_finish(self, timeout_s: float = 60.0) -> None:
+        """Waits for a save under way before the program dies; agrees with nobody."""
+        if jax.process_count() == 1:
+            with contextlib.suppress(CheckpointError):
+                self.close()
+        elif self._background is not None:
+            self._background.join(timeout_s)
 
     def steps(self) -> list[int]:
         """Lists the steps on disk, ascending, as they are at this moment."""
@@ -195,7 +204,7 @@ class Checkpoints:
         """
         self._join()
         if self._failure:
-            _warn("%s", self._failure)
+            warn(log, "%s", self._failure)
         chosen, (state, meta), skipped = newest_whole(
             self.folder,
             agreed_candidates(self.folder, step, at_most),
@@ -248,7 +257,7 @@ class Checkpoints:
             self._made = True
         for damaged in sorted(self._damaged.intersection(self.steps())):
             aside = set_aside(self.folder, damaged)
-            _warn("the damaged checkpoint %d is now %s", damaged, aside)
+            warn(log, "the damaged checkpoint %d is now %s", damaged, aside)
         self._damaged.clear()
         newest = max(self.steps(), default=-1)
         if step <= newest:
@@ -280,7 +289,7 @@ class Checkpoints:
             if is_first():
                 prune(self.folder, keep=self.keep, keep_every=self.keep_every)
         except (CheckpointError, OSError) as error:
-            _warn("could not delete old checkpoints: %s", one_line(error))
+            warn(log, "could not delete old checkpoints: %s", one_line(error))
 
     def _join(self) -> None:
         if self._background is not None:
@@ -316,14 +325,3 @@ class Checkpoints:
 
     def _about(self, step: int, problem: object) -> str:
         return f"checkpoint {step} was not saved in {self.folder}: {one_line(problem)}"
-
-
-def _open_manager(folder: Path) -> ocp.CheckpointManager:
-    # By default Orbax deletes nothing. What is pruned is decided here, after the proof.
-    options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
-    return ocp.CheckpointManager(folder, options=options)
-
-
-def _warn(text: str, *values: object) -> None:
-    if is_first():
-        log.warning(text, *values)

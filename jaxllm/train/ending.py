@@ -6,6 +6,7 @@ from jaxllm.train import report
 from jaxllm.train.console import Console
 from jaxllm.train.incidents import describe as describe_incidents
 from jaxllm.train.metrics import read_jsonl
+from jaxllm.train.processes import from_first, is_first
 from jaxllm.train.run import Run, describe, versions
 from jaxllm.train.run_folder import RunFolder
 from jaxllm.train.step import State
@@ -20,6 +21,8 @@ def finish(run: Run, state: State) -> None:
     step = int(state["step"])
     keep_last(run, state, step)
     run.tracker.close()
+    if not is_first():
+        return
     records = read_jsonl(run.folder.metrics)
     evaluated = [record for record in records if "val_bpb" in record]
     finished = step == run.total_steps
@@ -80,9 +83,15 @@ def keep_last(run: Run, state: State, step: int) -> None:
         run.checkpoints.wait()
     except CheckpointError as error:
         run.save_failed(error)
-    if step not in run.checkpoints.steps():
+    if not is_saved(run, step):
         run.checkpoints.save(step, state, describe(run))
     run.checkpoints.close()
+
+
+def is_saved(run: Run, step: int) -> bool:
+    """Whether the checkpoint of `step` is there; the same on every process."""
+    # Listed by one for all: another may not see the latest rename yet.
+    return from_first("yes" if step in run.checkpoints.steps() else "") == "yes"
 
 
 def say_finished(console: Console, folder: RunFolder) -> None:

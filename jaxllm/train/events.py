@@ -6,12 +6,15 @@ import shutil
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.data.tokenizer import BEGIN_ID, END_ID
 from jaxllm.generate import Sampling, generate
 from jaxllm.train.evaluate import evaluate
 from jaxllm.train.manifest import state_bytes
 from jaxllm.train.metrics import append_jsonl, rewrite_jsonl, seed_line, utilisation
+from jaxllm.train.processes import agree, is_first
 from jaxllm.train.run import Run
 from jaxllm.train.step import State
 
@@ -64,7 +67,7 @@ def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
     if not taken or run.position.tripped:  # what followed is undone
         return
     # Waits for the devices to finish the newest of these steps.
-    figures = jax.device_get([metrics for _, metrics in taken])
+    figures = jax.device_get(taken)
     records: list[dict[str, Any]] = []
     for index, one in enumerate(figures, start=step - len(taken) + 1):
         values = {name: value.item() for name, value in one.items()}
@@ -78,7 +81,7 @@ def log(run: Run, step: int, *, keep: int = 0, show: bool = True) -> None:
         run.position.observe(index, bad=bad, limit=run.config.guard.bad_steps)
         if run.position.tripped:
             break
-    run.meter.stepped(sum(count for count, _ in taken), steps=len(taken))
+    run.meter.stepped(sum(one["tokens"] for one in records), steps=len(taken))
     if show and not run.position.tripped:
         records[-1] |= _show(run, step, records[-1])
     record(run, records)
@@ -98,6 +101,8 @@ def record(run: Run, records: list[dict[str, Any]]) -> None:
     """Appends to metrics.jsonl; a disk that takes no more of it does not end a run."""
     for one in records:
         run.tracker.log(one)
+    if not is_first():
+        return
     try:
         append_jsonl(run.folder.metrics, records)
     except OSError as error:
@@ -106,6 +111,8 @@ def record(run: Run, records: list[dict[str, Any]]) -> None:
 
 def forget(run: Run, step: int) -> None:
     """Drops the figures of the steps from `step` on, which are done again."""
+    if not is_first():
+        return
     try:
         rewrite_jsonl(run.folder.metrics, before_step=step)
     except OSError as error:
@@ -155,11 +162,46 @@ def validate(run: Run, state: State, step: int) -> None:
 
 
 def sample(run: Run, state: State, step: int) -> None:
-    """Writes a text with the weights after `step` steps."""
+    """Writes a text with the weights after `step` steps.
+
+    With several processes the first one writes it, alone, with a copy of all weights on
+    one of its devices; where these would not fit beside the state there is no text.
+    """
     run.meter.pause()
+    params = state["params"]
+    if jax.process_count() > 1:
+        if not _room_for_copy(run, params):
+            run.meter.resume()
+            return run.console.say(f"no sample after {step} steps: no room for a copy")
+        params = whole_on_first(params)
+    if is_first():
+        _write_sample(run, params, step)
+    run.meter.resume()
+
+
+def _room_for_copy(run: Run, params: dict) -> bool:
+    """Whether every device has room for all weights; the same on each process."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    free = min(s.get("bytes_limit", 1e18) - s.get("bytes_in_use", 0) for s in stats)
+    # Twice: the gathered copy, and what the decoding takes.
+    needs = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return not agree("" if needs < free else "no room")
+
+
+def whole_on_first(params: dict) -> dict:
+    """Gathers the weights; in the first process they are on one device, whole."""
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        layout = NamedSharding(leaf.sharding.mesh, P())  # type: ignore[attr-defined]
+        return jax.device_put(leaf, layout).addressable_data(0)
+
+    return jax.tree.map(gather, params)
+
+
+def _write_sample(run: Run, params: dict, step: int) -> None:
     prompt = [BEGIN_ID, *run.tokenizer.encode(run.config.train.sample_prompt)]
     new = generate(
-        run.program.graphdef, state["params"], [prompt], stop_ids=(END_ID,),
+        run.program.graphdef, params, [prompt], stop_ids=(END_ID,),
         max_new_tokens=run.config.train.sample_tokens,
         sampling=Sampling(temperature=0.8, top_k=50, seed=step),
     )[0]  # fmt: skip
@@ -170,4 +212,3 @@ def sample(run: Run, state: State, step: int) -> None:
     ):
         file.write(text + "\n")
     run.console.say(text)
-    run.meter.resume()

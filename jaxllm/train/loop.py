@@ -6,25 +6,32 @@ folder -> mesh -> data -> state (restore or start) -> step loop -> final save ->
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jax
 
-from jaxllm.config import RunConfig
+from jaxllm.config import RunConfig, to_json
+from jaxllm.parallel import DistributedConfig
 from jaxllm.train import events, origin
+from jaxllm.train.cluster import joined
 from jaxllm.train.console import Console
 from jaxllm.train.device import out_of_memory, pin_kernels
-from jaxllm.train.ending import finish, say_finished, write_summary
+from jaxllm.train.ending import finish, is_saved, say_finished, write_summary
+from jaxllm.train.feed import prefetched
 from jaxllm.train.metrics import read_jsonl
 from jaxllm.train.position import Position
-from jaxllm.train.processes import from_first
+from jaxllm.train.processes import (
+    from_first,
+    is_first,
+    on_first,
+    require_same,
+    require_shared,
+)
 from jaxllm.train.rollback import Diverged, roll_back
 from jaxllm.train.run import Run, describe, describe_data, prepare, restore
 from jaxllm.train.run_folder import RunFolder, decide
 from jaxllm.train.sharding import make_mesh
-from jaxllm.train.step import Batch, State, to_device
+from jaxllm.train.step import State
 from jaxllm.train.step_folders import CheckpointError
 from jaxllm.train.stop import Stop
 
@@ -32,49 +39,63 @@ from jaxllm.train.stop import Stop
 def run(config: RunConfig) -> None:
     """Trains as `config` says, or goes on where the run in its folder stands.
 
+    Every process of a run calls it; an error in one ends them all.
+
     Raises: ValueError for what the user can mend; nothing is half-written then.
     """
     folder = RunFolder(config.out)
     if config.deterministic:
         pin_kernels(folder.cache)
-    with Console(quiet=jax.process_index() != 0) as console:
-        start = decide(folder, config)
+    with joined(config.distributed) as peers, contextlib.ExitStack() as held:
+        # Which process this is ends here: what follows is the same on all.
+        config = replace(config, distributed=DistributedConfig())
+        require_same(to_json(config))
+        console = held.enter_context(Console(quiet=not is_first()))
+        start = on_first(lambda: decide(folder, config))
         if start == "finished" and config.resume and _goes_again(config):
-            steps = config.train.steps + (folder.finished_at() or 0)
+            steps = config.train.steps + int(on_first(lambda: _finished_at(folder)))
             config = replace(config, train=replace(config.train, steps=steps))
             start = "continue"
         if start == "finished":
             return say_finished(console, folder)
         mesh = make_mesh(config.parallel)
-        folder.create()
-        with folder.locked():
-            if start == "new" and (archived := folder.set_aside()):
-                console.say(f"the earlier run was set aside in {archived}")
-            started = prepare(config, folder, console, mesh)
-            events.introduce(started)
-            try:
-                with started.watchdog as dog:
-                    with dog.paused("the start"):
-                        state = restore_or_init(started, resuming=start == "continue")
-                    # Until here a signal ends the process: there is nothing to save.
-                    with Stop() as stop:
-                        state = train(started, state, stop)
-                        with dog.paused("the last save"):
-                            finish(started, state)
-            except BaseException as error:
-                # A save under way is worth more than a quick death.
-                with contextlib.suppress(CheckpointError):
-                    started.checkpoints.close()
-                started.tracker.close()
-                if isinstance(error, Diverged):
-                    records = read_jsonl(folder.metrics)
-                    steps = started.checkpoints.steps()
-                    write_summary(started, max(steps, default=0), records)
-                if isinstance(error, jax.errors.JaxRuntimeError) and (
-                    advice := out_of_memory(error, started.program.config)
-                ):
-                    raise ValueError(advice) from None
-                raise
+        on_first(lambda: _take(folder, held, console, new=start == "new"))
+        require_shared(folder.path)
+        started = prepare(config, folder, console, mesh)
+        peers.before_leaving = started.checkpoints.let_finish
+        events.introduce(started)
+        try:
+            with started.watchdog as dog:
+                with dog.paused("the start"):
+                    state = restore_or_init(started, resuming=start == "continue")
+                # Until here a signal ends the process: there is nothing to save.
+                with Stop() as stop:
+                    state = train(started, state, stop)
+                    with dog.paused("the last save"):
+                        finish(started, state)
+        except BaseException as error:
+            # A save under way is worth more than a quick death.
+            started.checkpoints.let_finish()
+            started.tracker.close()
+            if isinstance(error, Diverged) and is_first():
+                records = read_jsonl(folder.metrics)
+                steps = started.checkpoints.steps()
+                write_summary(started, max(steps, default=0), records)
+            if isinstance(error, jax.errors.JaxRuntimeError) and (
+                advice := out_of_memory(error, started.program.config)
+            ):
+                raise ValueError(advice) from None
+            raise
+
+
+def _take(
+    folder: RunFolder, held: contextlib.ExitStack, console: Console, *, new: bool
+) -> None:
+    """Makes the folder this run's own while `held` is open; sets an earlier aside."""
+    folder.create()
+    held.enter_context(folder.locked())
+    if new and (archived := folder.set_aside()):
+        console.say(f"the earlier run was set aside in {archived}")
 
 
 def restore_or_init(run: Run, *, resuming: bool) -> State:
@@ -131,18 +152,14 @@ def begin(run: Run, state: State) -> None:
     """Saves and measures the state before the first step of this start, where the run
     has not done so yet."""
     first = int(state["step"])
-    if first == 0 and first not in run.checkpoints.steps():
+    if first == 0 and not is_saved(run, first):
         # The initial weights, for comparisons, and proof that saving works here before
         # hours depend on it.
         with run.watchdog.paused("the first save"):
             run.checkpoints.save(first, state, describe(run))
             run.checkpoints.wait()
     if first == 0 or (
-        _due(first, run.config.train.eval_every)
-        and not any(
-            r["step"] == first and "val_loss" in r
-            for r in read_jsonl(run.folder.metrics)
-        )
+        _due(first, run.config.train.eval_every) and not _is_evaluated(run, first)
     ):
         events.validate(run, state, first)
     run.trained_s_at[first] = run.meter.trained_s
@@ -159,10 +176,10 @@ def advance(run: Run, state: State, stop: Stop) -> State:
     first = int(state["step"])
     run.meter.resume()
     ahead: deque[jax.Array] = deque()
-    for step, batch, n_tokens, waited in prefetched(run, first):
+    for step, batch, waited in prefetched(run, first):
         run.meter.waited(waited)
         state, metrics = run.program.train_step(state, batch)
-        run.pending.append((n_tokens, metrics))
+        run.pending.append(metrics)
         ahead.append(metrics["loss"])
         # Two steps are under way at most: enough for the device to be never without
         # work, and few enough to stop soon and to notice soon that one hangs.
@@ -212,37 +229,6 @@ def save_is_due(run: Run, step: int) -> bool:
     return from_first(str(since_s >= 60 * options.save_every_minutes)) == "True"
 
 
-def prefetched(run: Run, first: int) -> Iterator[tuple[int, Batch, int, float]]:
-    """Reads batches ahead on a thread and puts them on the devices.
-
-    Yields the step, its batch, its tokens that bear loss, and the seconds waited.
-    """
-
-    offset = run.position.data_offset
-
-    def read(step: int):
-        batch = run.train[step + offset]
-        n_tokens = int(batch["loss_mask"].sum())
-        parts = run.config.train.accumulate
-        return to_device(run.program, batch, parts=parts), n_tokens
-
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        ahead = deque(
-            pool.submit(read, step)
-            for step in range(first, min(first + 2, run.total_steps))
-        )
-        try:
-            for step in range(first, run.total_steps):
-                begun = time.perf_counter()
-                batch, n_tokens = ahead.popleft().result()
-                if step + 2 < run.total_steps:
-                    ahead.append(pool.submit(read, step + 2))
-                yield step, batch, n_tokens, time.perf_counter() - begun
-        finally:
-            for future in ahead:
-                future.cancel()
-
-
 def save(run: Run, state: State, step: int) -> None:
     """Starts a checkpoint of `step`; the writing goes on beside the training.
 
@@ -260,6 +246,19 @@ def save(run: Run, state: State, step: int) -> None:
     run.trained_s_at[step] = run.meter.trained_s
     run.saved_since = time.monotonic()
     run.meter.resume()
+
+
+def _is_evaluated(run: Run, step: int) -> bool:
+    def look() -> str:
+        records = read_jsonl(run.folder.metrics)
+        there = any(r["step"] == step and "val_loss" in r for r in records)
+        return "yes" if there else ""
+
+    return on_first(look) == "yes"
+
+
+def _finished_at(folder: RunFolder) -> str:
+    return str(folder.finished_at() or 0)
 
 
 def _goes_again(config: RunConfig) -> bool:

@@ -248,6 +248,13 @@ def with_shardings(abstract: dict) -> dict:
     )
 
 
+def open_manager(folder: Path) -> ocp.CheckpointManager:
+    """Orbax's writer of step folders below `folder`, which deletes nothing."""
+    # By default Orbax deletes nothing. What is pruned is decided here, after the proof.
+    options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
+    return ocp.CheckpointManager(folder, options=options)
+
+
 def _sha256(body: dict) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 

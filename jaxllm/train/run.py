@@ -1,5 +1,6 @@
 """The parts of a run, and how they are put together before the first step."""
 
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +23,7 @@ from jaxllm.train.device import keep_compiled
 from jaxllm.train.incidents import Incidents
 from jaxllm.train.metrics import Meter
 from jaxllm.train.position import Position
-from jaxllm.train.processes import is_first
+from jaxllm.train.processes import is_first, on_all, on_first
 from jaxllm.train.run_folder import RunFolder, Unwritable, first_difference
 from jaxllm.train.step import Program, build
 from jaxllm.train.track import Tracker, open_tracker, require_package
@@ -50,7 +51,7 @@ class Run:
     """When an earlier start last gave a sign of life, in seconds of the epoch, or 0."""
     position: Position = field(default_factory=Position)
     meter: Meter = field(default_factory=Meter)
-    pending: list[tuple[int, dict]] = field(default_factory=list)
+    pending: list[dict] = field(default_factory=list)
     failed_saves: list[str] = field(default_factory=list)
     trained_s_at: dict[int, float] = field(default_factory=dict)
     """What the meter showed when each step was saved."""
@@ -65,17 +66,23 @@ class Run:
 
 
 def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -> Run:
-    """Opens the data, builds the step, writes what describes the run."""
-    require_package(config.train.track)
-    origin.require_data(config, folder)
+    """Opens the data, builds the step, writes what describes the run.
+
+    Raises: ValueError, on all processes alike.
+    """
+
+    def check() -> None:
+        require_package(config.train.track)
+        origin.require_data(config, folder)
+
+    on_first(check)
     if not config.data.path:
-        path = demo_data(folder, config, console)
-        config = replace(config, data=replace(config.data, path=str(path)))
-    train, val = open_batches(config)
-    origin.require_fit(config, folder, train.tokenizer)
+        path = on_first(lambda: str(demo_data(folder, config, console)))
+        config = replace(config, data=replace(config.data, path=path))
+    train, val = on_all(lambda: open_batches(config))
+    on_first(lambda: origin.require_fit(config, folder, train.tokenizer))
     if config.data.verify:
-        n_bytes = sum(verify_hashes(manifest) for manifest in train.manifests)
-        console.say(f"data: {n_bytes:,} bytes are those that the manifest names")
+        on_first(lambda: verify(train, console))
     total_steps = config.train.steps or -(
         -train.n_rows * config.train.epochs // config.train.batch_size
     )
@@ -83,15 +90,19 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
     tokenizer = train.tokenizer
     token_bytes = np.zeros(config.model.vocab_size, np.int32)
     token_bytes[: tokenizer.vocab_size] = tokenizer.token_bytes()
-    try:
-        write_atomically(folder.config, configuration.to_json(config).encode())
-        tokenizer.save(folder.tokenizer)
-        folder.summary.unlink(missing_ok=True)
-    except OSError as error:
-        raise Unwritable(
-            f"the run folder {folder.path} takes no files: {error.strerror}; make room "
-            f"or choose another with --out; what is saved there is untouched"
-        ) from None
+
+    def write() -> None:
+        try:
+            write_atomically(folder.config, configuration.to_json(config).encode())
+            tokenizer.save(folder.tokenizer)
+            folder.summary.unlink(missing_ok=True)
+        except OSError as error:
+            raise Unwritable(
+                f"the run folder {folder.path} takes no files: {error.strerror}; make "
+                f"room or choose another with --out; what is saved there is untouched"
+            ) from None
+
+    on_first(write)
     alive_at = folder.last_sign_of_life()
     console.log = folder.log
     keep_compiled(folder.cache)
@@ -109,13 +120,7 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
             folder.checkpoints, keep=config.train.keep,
             keep_every=config.train.keep_every,
         ),
-        watchdog=Watchdog(
-            least_s=config.train.hang_s, exit_when_hung=config.train.exit_when_hung,
-            report=folder.stacks, say=console.say,
-            on_hang=lambda step, waited_s: incidents.note(
-                "hung", lost_s=waited_s, after_step=step
-            ),
-        ),
+        watchdog=watchdog(config, folder, console, incidents),
         incidents=incidents, alive_at=alive_at,
         tracker=Tracker(
             partial(open_tracker, config.train.track, folder.path, asdict(config))
@@ -159,6 +164,36 @@ def _stranger(run: Run, meta: dict[str, Any]) -> str:
         return ""
     name, there, here = found
     return f"it is another run's: {name} is {there!r} there and {here!r} here"
+
+
+def watchdog(
+    config: RunConfig, folder: RunFolder, console: Console, incidents: Incidents
+) -> Watchdog:
+    """Every process watches itself: each may hang elsewhere."""
+    index = jax.process_index()
+    report, say = folder.stacks, console.say
+    if index:
+        report = report.with_stem(f"{report.stem}-{index}")
+
+        def say(text: str) -> None:
+            print(f"process {index}: {text}", file=sys.stderr, flush=True)
+
+    return Watchdog(
+        least_s=config.train.hang_s, exit_when_hung=config.train.exit_when_hung,
+        report=report, say=say,
+        on_hang=lambda step, waited_s: incidents.note(
+            "hung", lost_s=waited_s, after_step=step
+        ),
+    )  # fmt: skip
+
+
+def verify(batches: Batches, console: Console) -> None:
+    """Compares every shard with its hash.
+
+    Raises: ValueError naming the first that differs.
+    """
+    n_bytes = sum(verify_hashes(manifest) for manifest in batches.manifests)
+    console.say(f"data: {n_bytes:,} bytes are those that the manifest names")
 
 
 def demo_data(folder: RunFolder, config: RunConfig, console: Console) -> Path:

@@ -30,7 +30,10 @@ Start = Literal["new", "continue", "finished"]
 
 # What may differ between two starts of one run: how it is computed, shown and kept.
 FREE_FIELDS = {
-    "": ("out", "resume", "fresh", "compute", "parallel", "guard", "deterministic"),
+    "": (
+        "out", "resume", "fresh", "compute", "parallel", "distributed", "guard",
+        "deterministic",
+    ),
     "data": ("path", "verify"),
     "train": (
         "steps", "epochs", "log_every", "eval_every", "eval_rows", "sample_every",
