@@ -37,7 +37,7 @@ from jaxllm.train.manifest import (
     state_bytes,
     verify_arrays,
 )
-from jaxllm.train.processes import agree, is_first, one_line
+from jaxllm.train.processes import agree, is_first, one_line, warn
 from jaxllm.train.seal import forget_cached, seal, sync_folder
 from jaxllm.train.step_folders import (
     UNFINISHED,

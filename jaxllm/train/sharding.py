@@ -54,7 +54,7 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[Any] | None = None) ->
 
 
 def check_divides(config: RunConfig, mesh: Mesh) -> None:
-    """Checks that rows, heads, widths and vocabulary cut evenly along the mesh axes.
+    """Checks that rows, tokens, heads, widths and vocabulary cut evenly.
 
     Raises: ValueError naming the field, its value and the axis.
     """
@@ -79,6 +79,12 @@ def check_divides(config: RunConfig, mesh: Mesh) -> None:
                     f"model.{name}={getattr(model, name)} does not divide by "
                     f"parallel.{axis}={mesh.shape[axis]}: change one"
                 )
+    if micro // rows * config.seq_len % mesh.shape["tensor"]:
+        # The tokens of the loss are shared out over all axes.
+        raise ValueError(
+            f"data.seq_len={config.seq_len} with {micro // rows} row(s) a device does "
+            f"not divide by parallel.tensor={mesh.shape['tensor']}: change one"
+        )
 
 
 def shardings(mesh: Mesh, tree: dict) -> dict:
