@@ -30,7 +30,7 @@ MODEL = ModelConfig(
 def config(mesh: tuple[int, int, int], dtype="float32") -> RunConfig:
     return RunConfig(
         model=MODEL,
-        compute=ComputeConfig(param_dtype=dtype, compute_dtype=dtype),
+        compute=ComputeConfig(param_dtype=dtype, compute_dtype=dtype),  # type: ignore[arg-type]
         optim=OptimConfig(learning_rate=1e-3),
         parallel=ParallelConfig(*mesh),
         train=TrainConfig(batch_size=8, steps=STEPS),

@@ -84,3 +84,56 @@ def test_eight_devices_reduce_gradients_behind_the_backward_pass():
     # The gradients of 215M weights, once, most of them in bfloat16.
     assert 0.43e9 < sum(k.written * k.runs for k in collectives) < 0.49e9
     assert plan.copies == []
+
+
+@functools.cache
+def exchanges(*mesh: int, **compute):
+    """What the step of 4 layers of k-215m exchanges, but for scalars."""
+    from jaxllm.parallel import ParallelConfig
+    from jaxllm.plan import hlo
+    from jaxllm.plan.compile import plan
+    from jaxllm.plan.targets import TARGETS
+
+    config = preset("k-215m")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, n_layers=4),
+        compute=dataclasses.replace(config.compute, **compute),
+        parallel=ParallelConfig(*mesh),
+        train=dataclasses.replace(config.train, batch_size=512, accumulate=1),
+    )
+    try:
+        text = plan(config, TARGETS["h100"], count=8).text
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    found = [one for one in hlo.Program(text).collectives() if one.bytes > 2e5]
+    return config.model, found
+
+
+def test_data_parallel_gpus_reduce_in_the_dtype_of_the_products():
+    model, found = exchanges(8, 1, 1, residual_dtype="bfloat16")
+    assert {one.kind for one in found} == {"all-reduce"}
+    assert all(one.asynchronous for one in found)
+    # All but the last of the backward pass has products behind it.
+    assert [one.behind > 0 for one in found] == [True] * (len(found) - 1) + [False]
+    table = 4 * model.vocab_size * model.dim
+    projections = 2 * (model.n_params - model.vocab_size * model.dim)
+    volume = {
+        dtype: sum(one.bytes for one in found if one.dtypes == (dtype,))
+        for dtype in ("bf16", "f32")
+    }
+    # The tied table twice, as embedding and as head.
+    assert volume["f32"] == pytest.approx(2 * table, rel=0.01)
+    assert volume["bf16"] == pytest.approx(projections, rel=0.01)
+
+
+def test_fsdp_gpus_gather_weights_and_scatter_gradients():
+    model, found = exchanges(1, 8, 1, residual_dtype="bfloat16")
+    assert {one.kind for one in found} == {"all-gather", "reduce-scatter"}
+    assert all(one.asynchronous and one.group == 8 for one in found)
+    gathered = sum(one.bytes for one in found if one.kind == "all-gather")
+    scattered = sum(one.bytes for one in found if one.kind == "reduce-scatter")
+    table = 4 * model.vocab_size * model.dim
+    projections = 2 * (model.n_params - model.vocab_size * model.dim)
+    assert gathered == pytest.approx(table + projections, rel=0.01)
+    assert scattered == pytest.approx(2 * table + projections, rel=0.01)
