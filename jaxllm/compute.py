@@ -21,8 +21,9 @@ class ComputeConfig:
         "auto"
     )
     """Dtype of the residual stream; auto follows the measured choice in docs."""
-    attention: Literal["auto", "plain", "cudnn"] = "auto"
-    """Attention kernel; auto is cuDNN for 16-bit on Ampere or newer, else plain."""
+    attention: Literal["auto", "plain", "blocked", "cudnn"] = "auto"
+    """Attention kernel; auto is cuDNN for 16-bit on Ampere or newer, blocked on a CPU,
+    else plain."""
     layer: Literal["auto", "plain", "fused"] = "auto"
     """Form of a decoder layer; fused has its norms folded into its products and its
     backward pass written out. Rows with segments, dropout or a cache run plain."""
@@ -33,7 +34,7 @@ class ComputeConfig:
     loss_chunk: int = 4096
     """Tokens a chunk of the chunked loss."""
     unroll: int = 0
-    """Decoder layers unrolled per loop turn; 0 is 1 on CPU and all of them on GPU."""
+    """Decoder layers unrolled per loop turn; 0 is all of them, on a CPU up to 8."""
     remat: Literal["none", "products", "layer"] = "none"
     """What the backward pass recomputes: nothing; all but the matrix products; whole
     layers. Later ones need less memory and more time."""
@@ -57,6 +58,7 @@ class ComputeConfig:
 
         `platform` is "cpu" or "gpu"; `compute_capability` is NVIDIA's (8.0 is Ampere).
         """
+        cpu = platform == "cpu"
         ampere = platform == "gpu" and compute_capability >= 8.0
         compute = self.compute_dtype
         if compute == "auto":
@@ -65,8 +67,11 @@ class ComputeConfig:
         if residual == "auto":
             residual = "float64" if compute == "float64" else "float32"
         half = compute in ("bfloat16", "float16")
-        attention = "cudnn" if ampere and half else "plain"
-        layer = "fused" if ampere and compute == "bfloat16" else "plain"
+        attention = "blocked" if cpu else "plain"
+        if ampere and half:
+            attention = "cudnn"
+        fused = (ampere and compute == "bfloat16") or (cpu and not half)
+        layer = "fused" if fused else "plain"
         loss = "chunked" if platform == "gpu" else "plain"
         embedding = "plain"
         if platform == "gpu":
@@ -79,5 +84,5 @@ class ComputeConfig:
             layer=layer if self.layer == "auto" else self.layer,
             embedding=embedding if self.embedding == "auto" else self.embedding,
             cross_entropy=loss if self.cross_entropy == "auto" else self.cross_entropy,
-            unroll=self.unroll or (n_layers if platform == "gpu" else 1),
+            unroll=self.unroll or (1 if cpu and n_layers > 8 else n_layers),
         )

@@ -6,6 +6,7 @@ _ROPE, _TURN = "model:precompute_freqs_cis", "model:apply_rotary_emb"
 _NORM, _HIDDEN = "model:RMSNorm.__call__", "model:Transformer.hidden"
 _ATTEND, _LAYER = "model:Attention.__call__", "model:DecoderLayer.__call__"
 _PLAIN, _MASK = "kernels.attention:_plain", "kernels.attention:_visible"
+_BLOCK, _BLOCK_BACK = "kernels.attention:_attend", "kernels.attention:_attend_bwd"
 _LOSS = "kernels.cross_entropy:_plain"
 
 FORWARD = (
@@ -55,6 +56,23 @@ FORWARD = (
     Mutant("scale of the whole width", _PLAIN, "h**-0.5", "(n * h) ** -0.5",
            "attention"),
     Mutant("no scale", _PLAIN, "h**-0.5", "1.0", "attention"),
+    Mutant("blocks see one token ahead", _BLOCK, "<= at_M[:, None]",
+           "<= at_M[:, None] + 1", "blocked attention"),
+    Mutant("a block sees from its own start", _BLOCK, "<= at_M[:, None]",
+           "<= at_M[:, None] - at_M[0]", "blocked attention"),
+    Mutant("a block's weights add up to more", _BLOCK, "3, 2) * inverse_BKM1", "3, 2)",
+           "blocked attention"),
+    Mutant("head groups by position", "kernels.attention:_by_kv_head",
+           "reshape(b, t, k, n // k, h).transpose(0, 2, 1, 3, 4)",
+           "reshape(b, t, n // k, k, h).transpose(0, 3, 1, 2, 4)",
+           "blocked attention"),
+    Mutant("softmax's gradient without its mean", _BLOCK_BACK,
+           "dweights_BKMS - along_BKM1", "dweights_BKMS", "blocked attention"),
+    Mutant("the output's norm passed over", _BLOCK_BACK,
+           "dout_BKMH * inverse_BKM1", "dout_BKMH", "blocked attention"),
+    Mutant("values learn from the scores' gradient", _BLOCK_BACK,
+           "_product(weights_BKMS, dout_BKMH, 2, 2)",
+           "_product(dscores_BKMS, dout_BKMH, 2, 2)", "blocked attention"),
     Mutant("sees one token ahead", _MASK, "jnp.arange(t)[:, None])[None]",
            "jnp.arange(t)[:, None] + 1)[None]", "attention"),
     Mutant("no causal mask", _MASK, "keys_S[None, :] <= jnp.arange(t)[:, None]",

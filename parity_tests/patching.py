@@ -77,6 +77,6 @@ def _forget(module_name: str) -> None:
     sides.forget()
     rungs.steps_of.cache_clear()
     rungs.long_of.cache_clear()
-    if module_name in ("kernels.layer", "kernels.embedding", "kernels.cross_entropy"):
+    if module_name.startswith("kernels"):
         # Functions with a gradient of their own: JAX may keep their traces.
         jax.clear_caches()

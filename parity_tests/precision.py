@@ -32,6 +32,8 @@ class Precision:
             "compute_dtype": self.dtype,
             "residual_dtype": self.dtype,
             "attention": "plain",
+            "layer": "plain",
+            "embedding": "plain",
             "cross_entropy": "plain",
         }
         return ComputeConfig(**(settings | changes))

@@ -78,6 +78,7 @@ RUNGS: dict[str, Rung] = {
     "gradients": _rung(forward.gradients, "relative L2", 1e-12, 2e-5),
     "other shapes": _rung(forward.shapes, "relative L2", 1e-12, 2e-5),
     "fast forms": _rung(paths.forms, "relative L2", 1e-12, 2e-5),
+    "blocked attention": _rung(paths.blocked, "relative L2", 1e-13, 5e-6),
     "documents": _rung(paths.documents, "relative L2", 1e-12, 5e-6),
     "cached decode": _rung(paths.cached, "relative L2", 1e-12, 5e-6, seeds=(0, 1)),
     "dropout": _rung(paths.dropout, "relative L2", 1e-12, 2e-5),

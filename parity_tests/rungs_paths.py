@@ -4,6 +4,7 @@ Each path has its own code on our side, and the same plain reference on theirs.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import torch
 from flax import nnx
 
 from jaxllm.config import ModelConfig
+from jaxllm.kernels.attention import attention
 from jaxllm.train import step as ours_step
 from parity_tests import cases, sides
 from parity_tests.cases import TINY
@@ -35,6 +37,7 @@ FORMS: dict[str, dict] = {
         "loss_chunk": 20,
     },
     "remat of layers, plain": {"remat": "layer"},
+    "a CPU's": {"layer": "fused", "attention": "blocked", "unroll": 2},
 }  # fmt: skip
 """Every form of every kernel at least once, and the ones a GPU picks together."""
 
@@ -42,7 +45,7 @@ FORMS: dict[str, dict] = {
 def forms(precision: Precision, seed: int) -> Pairs:
     """Logits, loss and gradients in every compute form."""
     pairs: Pairs = {}
-    for k, (name, changes) in zip((2, 1, 4, 2, 2), FORMS.items(), strict=True):
+    for k, (name, changes) in zip((2, 1, 4, 2, 2, 2), FORMS.items(), strict=True):
         config = dataclasses.replace(TINY, n_kv_heads=k)
         params = cases.spread(config, seed, precision)
         # More tokens than a chunk of the sorted embedding holds.
@@ -58,6 +61,37 @@ def forms(precision: Precision, seed: int) -> Pairs:
         for tensor, grad in their_grads.items():
             pairs[f"{name}: d {tensor}"] = (by_name[tensor], grad.numpy())
     return pairs
+
+
+def blocked(precision: Precision, seed: int) -> Pairs:
+    """Blocked attention and its gradients: whole blocks, a part of one, and many."""
+    pairs: Pairs = {}
+    for t, k in ((150, 2), (64, 4), (33, 1), (2, 2), (520, 2)):
+        rng = np.random.default_rng((37, seed, t))
+        shapes = ((2, t, 4, 16), (2, t, k, 16), (2, t, k, 16), (2, t, 4, 16))
+        q, key, v, dout = (rng.normal(size=s).astype(precision.dtype) for s in shapes)
+        with precision.active():
+            mine = [np.asarray(x) for x in _blocked(3 * q, key, v, dout)]
+        inputs = [torch.from_numpy(x).requires_grad_() for x in (3 * q, key, v)]
+        heads = [
+            x.transpose(1, 2).repeat_interleave(4 // x.shape[2], 1) for x in inputs
+        ]
+        their_out = torch.nn.functional.scaled_dot_product_attention(
+            *heads, is_causal=True
+        ).transpose(1, 2)
+        their_out.backward(torch.from_numpy(dout))
+        theirs = [their_out.detach()] + [x.grad for x in inputs]
+        for name, a, b in zip(("out", "dq", "dk", "dv"), mine, theirs, strict=True):
+            assert b is not None
+            pairs[f"T={t} K={k}: {name}"] = (a, b.numpy())
+    return pairs
+
+
+@jax.jit
+def _blocked(q, k, v, dout):
+    run = functools.partial(attention, implementation="blocked")
+    out, pull = jax.vjp(run, q, k, v)
+    return out, *pull(dout)
 
 
 def documents(precision: Precision, seed: int) -> Pairs:

@@ -139,7 +139,8 @@ def _backward(static, residuals, dh_BTD):
     act_BTF, swiglu_vjp = jax.vjp(_swiglu, gate_BTF, up_BTF, rstd_BT)
     act_BTF = act_BTF if kept is None else kept
     dgate_BTF, dup_BTF, drstd_BT = swiglu_vjp(dact_BTF)
-    ddown_FD = _outer(act_BTF, dy_BTD)
+    # The narrower factor is the one that a CPU copies transposed.
+    ddown_FD = _outer(dy_BTD, act_BTF).T
     dgate_DF, dup_DF = _outer(x_BTD, dgate_BTF), _outer(x_BTD, dup_BTF)
     dx_BTD = _times_transposed(dgate_BTF, weights.gate_DF)
     dx_BTD = dx_BTD + _times_transposed(dup_BTF, weights.up_DF)
