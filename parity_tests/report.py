@@ -10,10 +10,13 @@ seed and leaves out what is slow: long runs, the true size, the mutants, real te
 import argparse
 import hashlib
 import json
+import multiprocessing
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("ladder", "noise", "bf16", "trajectory", "mutants", "real_text")
 COMPILING = ("step ", "fast forms", "mesh", "exported", "init", "accumulation")
 """Rungs that spend their time in the compiler; --quick leaves them out too."""
+SHARED = ("step ", "200 ", "215M ")
+"""Beginnings of the names of rungs that read one computation."""
 
 
 def environment() -> dict[str, Any]:
@@ -55,52 +60,82 @@ def environment() -> dict[str, Any]:
     }
 
 
-def ladder(quick: bool) -> list[dict[str, Any]]:
+def ladder(quick: bool, processes: int) -> list[dict[str, Any]]:
     """Every rung in each of its precisions: the worst error over the seeds."""
-    rows = []
+    families: dict[tuple[str, str], list[str]] = {}
     for name, rung in RUNGS.items():
         if quick and (rung.slow or name.startswith(COMPILING)):
             continue
         for precision in rung.limits:
-            began = time.perf_counter()
-            seeds = rung.seeds[:1] if quick else rung.seeds
-            found = [measure(name, PRECISIONS[precision], seed) for seed in seeds]
-            worst = max(found, key=lambda d: d.error)
-            entry = gates.table()[name][precision]
-            row = {
-                "rung": name,
-                "precision": precision,
-                "metric": rung.metric,
-                "error": worst.error,
-                "where": worst.name,
-                "gate": entry["gate"],
-                "limit": entry["limit"],
-                "seeds": len(seeds),
-                "passed": bool(worst.error <= entry["gate"]),
-                "seconds": round(time.perf_counter() - began, 1),
-            }
-            rows.append(row)
-            print(f"{name} {precision}: {worst.error:.3g} of {entry['gate']:.3g}")
-    return rows
+            # Rungs that read one computation stay in one process, which keeps it.
+            shared = next((f for f in SHARED if name.startswith(f)), name)
+            families.setdefault((shared, precision), []).append(name)
+    tasks = [(names, precision, quick) for (_, precision), names in families.items()]
+    tasks.sort(key=lambda task: not RUNGS[task[0][0]].slow)  # the long ones first
+    rows = [row for rows in _spread(_measured, tasks, processes) for row in rows]
+    order = list(RUNGS)
+    return sorted(rows, key=lambda row: order.index(row["rung"]))
 
 
-def mutants() -> list[dict[str, Any]]:
-    """Every mutant: its rung, how far beyond the gate it went."""
+def _measured(task: tuple[list[str], str, bool]) -> list[dict[str, Any]]:
+    """The rows of some rungs in one precision."""
+    names, precision, quick = task
     rows = []
-    for mutant in mutation.ALL:
-        kill = mutation.attempt(mutant)
-        rows.append(
-            {
-                "name": mutant.name,
-                "target": mutant.target,
-                "rung": mutant.rung,
-                "precision": mutant.precision,
-                "margin": kill.margin if np.isfinite(kill.margin) else "infinite",
-                "killed": kill.killed,
-            }
+    for name in names:
+        rung, began = RUNGS[name], time.perf_counter()
+        seeds = rung.seeds[:1] if quick else rung.seeds
+        found = [measure(name, PRECISIONS[precision], seed) for seed in seeds]
+        worst = max(found, key=lambda d: d.error)
+        entry = gates.table()[name][precision]
+        row = {
+            "rung": name,
+            "precision": precision,
+            "metric": rung.metric,
+            "error": worst.error,
+            "where": worst.name,
+            "gate": entry["gate"],
+            "limit": entry["limit"],
+            "seeds": len(seeds),
+            "passed": bool(worst.error <= entry["gate"]),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        rows.append(row)
+        print(
+            f"{name} {precision}: {worst.error:.3g} of {entry['gate']:.3g}", flush=True
         )
-        print(f"{mutant.name}: {kill.margin:.3g} times the gate of {mutant.rung}")
     return rows
+
+
+def mutants(processes: int) -> list[dict[str, Any]]:
+    """Every mutant: its rung, how far beyond the gate it went."""
+    rows = list(_spread(_attempted, list(range(len(mutation.ALL))), processes))
+    dead = sum(row["killed"] for row in rows)
+    print(f"{dead} of {len(rows)} mutants killed", flush=True)
+    return rows
+
+
+def _attempted(index: int) -> dict[str, Any]:
+    """The row of one mutant."""
+    mutant = mutation.ALL[index]
+    kill = mutation.attempt(mutant)
+    print(f"{mutant.name}: {kill.margin:.3g} times the gate of {mutant.rung}")
+    return {
+        "name": mutant.name,
+        "target": mutant.target,
+        "rung": mutant.rung,
+        "precision": mutant.precision,
+        "margin": kill.margin if np.isfinite(kill.margin) else "infinite",
+        "killed": kill.killed,
+    }
+
+
+def _spread(function: Callable[[Any], Any], tasks: list, processes: int) -> list:
+    """Maps over tasks in processes of their own, or in this one if one is wanted."""
+    if processes == 1:
+        return [function(task) for task in tasks]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        return list(pool.map(function, tasks))
 
 
 def bf16() -> dict[str, dict[str, float]]:
@@ -125,6 +160,11 @@ def main() -> None:
     parser.add_argument(
         "--part", choices=PARTS, help="measure this part only and keep the others"
     )
+    on_cpu = jax.default_backend() == "cpu"
+    parser.add_argument(
+        "--processes", type=int, help="(as many as CPUs, 4 at most; 1 on a GPU)",
+        default=min(4, len(os.sched_getaffinity(0))) if on_cpu else 1,
+    )  # fmt: skip
     args = parser.parse_args()
     folder = args.out / "parity"
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,14 +173,14 @@ def main() -> None:
     began, env = time.perf_counter(), environment()
 
     parts: dict[str, Callable[[], Any]] = {
-        "ladder": lambda: ladder(args.quick),
+        "ladder": lambda: ladder(args.quick, args.processes),
         "noise": noise.measured,
     }
     if not args.quick:
         parts |= {
             "bf16": bf16,
             "trajectory": noise.trajectories,
-            "mutants": mutants,
+            "mutants": lambda: mutants(args.processes),
             "real_text": real_text.compare,
         }
     results: dict[str, Any] = dict(before.get("parts", {}))
@@ -160,7 +200,14 @@ def main() -> None:
     rows = results["ladder"]["results"]
     failed = [f"{row['rung']} {row['precision']}" for row in rows if not row["passed"]]
     print(f"{time.perf_counter() - began:.0f} s; failed: {', '.join(failed) or 'none'}")
-    if failed:
+    alive = [
+        row["name"]
+        for row in results.get("mutants", {}).get("results", [])
+        if not row["killed"]
+    ]
+    if alive:
+        print(f"mutants that survive: {', '.join(alive)}")
+    if failed or alive:
         raise SystemExit(1)
 
 
