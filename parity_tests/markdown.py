@@ -21,8 +21,11 @@ def page(env: dict[str, Any], results: dict[str, Any]) -> str:
         ("bf16", _bf16),
         ("trajectory", _trajectory),
         ("real_text", _real_text),
+        ("gpu", _gpu),
         ("mutants", _mutants),
     ):
+        if name == "gpu" and name not in results:
+            parts.append("## On a GPU\n\nNot measured.\n")
         if name in results:
             part = results[name]
             text = write(part["results"])
@@ -74,9 +77,17 @@ reference is {worst["reference to float64"]:.2g} from float64 there.
 
 
 def _bf16(found: dict[str, dict[str, float]]) -> str:
+    return _over_autocast("## bfloat16", found)
+
+
+def _gpu(found: dict[str, dict[str, float]]) -> str:
+    return _over_autocast("## On a GPU", found)
+
+
+def _over_autocast(title: str, found: dict[str, dict[str, float]]) -> str:
     base = found["autocast"]
     lines = [
-        "## bfloat16",
+        title,
         "",
         "Mean relative errors against the float64 truth, and over those of torch's "
         "autocast.",
@@ -89,7 +100,7 @@ def _bf16(found: dict[str, dict[str, float]]) -> str:
         name = f"**ours, {side}**" if side == CHOSEN else side
         lines.append(
             f"| {name} | {errors['logits']:.3g} | {errors['loss']:.3g} "
-            f"| {errors['gradients']:.3g} | {ratios[0]:.2f} | {ratios[1]:.2f} |"
+            f"| {errors['gradients']:.3g} | {ratios[0]:.2g} | {ratios[1]:.2g} |"
         )
     return "\n".join([*lines, ""])
 

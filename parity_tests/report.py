@@ -27,13 +27,22 @@ import torch
 import transformers
 
 import parity_tests.conftest  # noqa: F401  (the same strict JAX as the tests)
-from parity_tests import cases, gates, mutation, noise, plots, real_text, rungs_bf16
+from parity_tests import (
+    cases,
+    gates,
+    mutation,
+    noise,
+    on_gpu,
+    plots,
+    real_text,
+    rungs_bf16,
+)
 from parity_tests.markdown import page
 from parity_tests.precision import FP32, PRECISIONS
 from parity_tests.rungs import RUNGS, SEEDS, measure
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("ladder", "noise", "bf16", "trajectory", "mutants", "real_text")
+PARTS = ("ladder", "noise", "bf16", "trajectory", "mutants", "real_text", "gpu")
 COMPILING = ("step ", "fast forms", "mesh", "exported", "init", "accumulation")
 """Rungs that spend their time in the compiler; --quick leaves them out too."""
 SHARED = ("step ", "200 ", "215M ")
@@ -183,6 +192,8 @@ def main() -> None:
             "mutants": lambda: mutants(args.processes),
             "real_text": real_text.compare,
         }
+    if not on_cpu:
+        parts["gpu"] = on_gpu.measured
     results: dict[str, Any] = dict(before.get("parts", {}))
     for name, run in parts.items():
         if args.quick and not args.part and name == "ladder" and name in results:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from jaxllm import model as ours_model
-from jaxllm.config import ComputeConfig
+from jaxllm.config import ComputeConfig, RunConfig
 from parity_tests import cases, oracle, sides
 from parity_tests.cases import SMALL
 from parity_tests.compare import Pairs
@@ -38,10 +38,12 @@ def errors(seed: int) -> dict[str, dict[str, float]]:
     params = cases.trained(seed, FP32)
     wide = cases.trained(seed, FP32)
     batch = cases.batch(seed, (1, 4, LENGTH), SMALL.vocab_size)
-    truth = _torch(wide, FP64, batch, autocast=False)
-    found = {"autocast": _distance(_torch(params, FP32, batch, autocast=True), truth)}
+    truth = torch_side(wide, SMALL, FP64, batch, autocast=False)
+    cast = torch_side(params, SMALL, FP32, batch, autocast=True)
+    found = {"autocast": distance(cast, truth)}
     for variant in VARIANTS:
-        found[variant] = _distance(_ours(params, batch, variant), truth)
+        config = sides.run_config(SMALL, compute(variant), rows=len(batch["inputs"][0]))
+        found[variant] = distance(our_side(params, config, batch), truth)
     return found
 
 
@@ -103,8 +105,9 @@ def _wide(x: jax.Array) -> np.ndarray:
     return np.asarray(x.astype(jnp.float32)).astype(np.float64)
 
 
-def _torch(params, precision, batch, *, autocast: bool) -> dict:
-    model = sides.theirs(params, SMALL, precision)
+def torch_side(params, model_config, precision, batch, *, autocast: bool) -> dict:
+    """The reference's logits, loss and gradients on the CPU."""
+    model = sides.theirs(params, model_config, precision)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         with torch.no_grad():
             logits = model(sides.as_torch(batch["inputs"][0])).logits
@@ -113,16 +116,18 @@ def _torch(params, precision, batch, *, autocast: bool) -> dict:
     return {"logits": logits.double().numpy(), "loss": loss, "gradients": results}
 
 
-def _ours(params, batch, variant: str) -> dict:
-    config = sides.run_config(SMALL, compute(variant), rows=batch["inputs"].shape[1])
+def our_side(params, config: RunConfig, batch) -> dict:
+    """Our logits, loss and gradients on the device at hand."""
     functions = sides.ours(config)
     logits = np.asarray(functions.logits(params, batch["inputs"][0]), np.float64)
     loss, grads = sides.our_loss_and_grads(config, FP32, params, batch)
-    by_name = cases.to_torch(grads, SMALL)
+    by_name = cases.to_torch(grads, config.model)
     return {"logits": logits, "loss": float(loss), "gradients": by_name}
 
 
-def _distance(side: dict, truth: dict) -> dict[str, float]:
+def distance(side: dict, truth: dict) -> dict[str, float]:
+    """Relative errors of a side."""
+
     def relative(a, b):
         return float(np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b))
 

@@ -105,3 +105,20 @@ def test_a_step_that_does_not_fit_names_its_own_size():
     config = dataclasses.replace(run(2))
     said = out_of_memory(RuntimeError("RESOURCE_EXHAUSTED"), config)
     assert said is not None and "micro-batches of 4 x 16 tokens" in said
+
+
+@pytest.mark.parametrize("layer", ["plain", "fused"])
+def test_highest_precision_reaches_every_product_of_both_passes(layer):
+    def precisions(**compute):
+        config = run(layer=layer, cross_entropy="chunked", **compute)
+        mesh = make_mesh(config.parallel, jax.devices()[:1])
+        program = build(config, mesh, total_steps=9)
+        batch = to_device(program, host_batch(0), parts=1)
+        with jax.default_matmul_precision("default"):
+            text = program.train_step.lower(program.abstract_state, batch).as_text()
+        products = [line for line in text.splitlines() if "dot_general" in line]
+        assert len(products) > 20
+        return ["HIGHEST, HIGHEST" in line for line in products]
+
+    assert all(precisions(matmul_precision="highest"))
+    assert not any(precisions())

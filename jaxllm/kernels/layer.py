@@ -9,13 +9,13 @@ activations, so this form
   layer and the factor, one number a token, joins the rotation or the SwiGLU gate. The
   normed activations are never written, and the norm weight's gradient is a sum over
   the matrix instead of over the tokens;
-- multiplies q, k and v in one product;
+- multiplies q, k and v in one product, and gate and up in another;
 - keeps x, q, k, v, the attention's output, x again, gate and up, and recomputes the
   elementwise rest in the backward pass, never a product and never attention. One
   array of that rest may be kept too, for 97 KiB a token more memory and less traffic.
 
 B batch, T time, D dim, N query heads, K key/value heads, G = N / K, H head dim,
-F feed-forward dim, J = K (G + 2) H the joined width of q, k and v.
+F feed-forward dim, J = K (G + 2) H the joined width of q, k and v, C = 2: gate, up.
 """
 
 import functools
@@ -33,8 +33,7 @@ class Weights(NamedTuple):
     qkv_DJ: jax.Array
     out_D: jax.Array
     """wo, (N H, D)."""
-    gate_DF: jax.Array
-    up_DF: jax.Array
+    gate_up_DCF: jax.Array
     down_FD: jax.Array
 
 
@@ -83,11 +82,11 @@ def fold(layer: Any, n_kv_heads: int, dtype) -> Weights:
         for projection in (attention.wq, attention.wk, attention.wv)
     ]
     qkv_DKJ = attention_norm_D[:, None, None] * jnp.concatenate(groups, axis=2)
+    gate_up_DCF = jnp.stack([mlp.w1.kernel[...], mlp.w3.kernel[...]], axis=1)
     return Weights(
         qkv_DJ=qkv_DKJ.reshape(d, -1).astype(dtype),
         out_D=attention.wo.kernel[...].astype(dtype),
-        gate_DF=(ffn_norm_D[:, None] * mlp.w1.kernel[...]).astype(dtype),
-        up_DF=(ffn_norm_D[:, None] * mlp.w3.kernel[...]).astype(dtype),
+        gate_up_DCF=(ffn_norm_D[:, None, None] * gate_up_DCF).astype(dtype),
         down_FD=mlp.w2.kernel[...].astype(dtype),
     )
 
@@ -113,13 +112,13 @@ def _forward(static, h_BTD, weights, freqs_cos, freqs_sin):
 
     x_mid_BTD = _narrow(h_BTD, dtype)
     rstd_mid_BT = _rstd(h_BTD, static.eps)
-    gate_BTF, up_BTF = x_mid_BTD @ weights.gate_DF, x_mid_BTD @ weights.up_DF
-    act_BTF = _swiglu(gate_BTF, up_BTF, rstd_mid_BT)
+    gate_up_BTCF = jnp.einsum("BTD,DCF->BTCF", x_mid_BTD, weights.gate_up_DCF)
+    act_BTF = _swiglu(gate_up_BTCF, rstd_mid_BT)
     h_BTD = h_BTD + (act_BTF @ weights.down_FD).astype(h_BTD.dtype)
 
     attention_residuals = (x_BTD, rstd_BT, attention_vjp, out_BTE)
     kept = act_BTF if static.keep_act else None
-    mlp_residuals = (x_mid_BTD, rstd_mid_BT, gate_BTF, up_BTF, kept)
+    mlp_residuals = (x_mid_BTD, rstd_mid_BT, gate_up_BTCF, kept)
     return h_BTD, (attention_residuals, mlp_residuals, weights, freqs_cos, freqs_sin)
 
 
@@ -128,22 +127,19 @@ def _backward(static, residuals, dh_BTD):
     dtype = weights.qkv_DJ.dtype
 
     # h + down(act), act = silu(gate r) * (up r), where r is the norm's factor.
-    x_BTD, rstd_BT, gate_BTF, up_BTF, kept = mlp_residuals
+    x_BTD, rstd_BT, gate_up_BTCF, kept = mlp_residuals
     dy_BTD = dh_BTD.astype(dtype)
     dact_BTF = _times_transposed(dy_BTD, weights.down_FD)
     # Behind the barrier XLA cannot take the forward's activations for those it
     # recomputes here: keeping them costs 97 KiB a token in a 215M model.
-    dact_BTF, gate_BTF, up_BTF = jax.lax.optimization_barrier(
-        (dact_BTF, gate_BTF, up_BTF)
-    )
-    act_BTF, swiglu_vjp = jax.vjp(_swiglu, gate_BTF, up_BTF, rstd_BT)
+    dact_BTF, gate_up_BTCF = jax.lax.optimization_barrier((dact_BTF, gate_up_BTCF))
+    act_BTF, swiglu_vjp = jax.vjp(_swiglu, gate_up_BTCF, rstd_BT)
     act_BTF = act_BTF if kept is None else kept
-    dgate_BTF, dup_BTF, drstd_BT = swiglu_vjp(dact_BTF)
+    dgate_up_BTCF, drstd_BT = swiglu_vjp(dact_BTF)
     # The narrower factor is the one that a CPU copies transposed.
     ddown_FD = _outer(dy_BTD, act_BTF).T
-    dgate_DF, dup_DF = _outer(x_BTD, dgate_BTF), _outer(x_BTD, dup_BTF)
-    dx_BTD = _times_transposed(dgate_BTF, weights.gate_DF)
-    dx_BTD = dx_BTD + _times_transposed(dup_BTF, weights.up_DF)
+    dgate_up_DCF = jnp.einsum("BTD,BTCF->DCF", x_BTD, dgate_up_BTCF)
+    dx_BTD = jnp.einsum("BTCF,DCF->BTD", dgate_up_BTCF, weights.gate_up_DCF)
     dh_BTD = _add_norm_gradient(dh_BTD, dx_BTD, x_BTD, rstd_BT, drstd_BT)
 
     # h + out(attention(rotate(x qkv r))). The factor's gradient is taken from
@@ -159,7 +155,7 @@ def _backward(static, residuals, dh_BTD):
     stat = rstd_BT.dtype
     along_BT = jnp.sum(dx_BTD.astype(stat) * x_BTD.astype(stat), axis=-1)
     dh_BTD = _add_norm_gradient(dh_BTD, dx_BTD, x_BTD, rstd_BT, along_BT / rstd_BT)
-    dweights = Weights(dqkv_DJ, dout_D, dgate_DF, dup_DF, ddown_FD)
+    dweights = Weights(dqkv_DJ, dout_D, dgate_up_DCF, ddown_FD)
     return dh_BTD, dweights, jnp.zeros_like(freqs_cos), jnp.zeros_like(freqs_sin)
 
 
@@ -196,10 +192,10 @@ def _add_norm_gradient(dh_BTD, dx_BTD, x_BTD, rstd_BT, drstd_BT):
     return jax.lax.optimization_barrier(total.astype(dh_BTD.dtype))
 
 
-def _swiglu(gate_BTF, up_BTF, rstd_BT):
-    gate = gate_BTF.astype(rstd_BT.dtype) * rstd_BT[..., None]
-    up = up_BTF.astype(rstd_BT.dtype) * rstd_BT[..., None]
-    return (jax.nn.silu(gate) * up).astype(gate_BTF.dtype)
+def _swiglu(gate_up_BTCF, rstd_BT):
+    gate_up = gate_up_BTCF.astype(rstd_BT.dtype) * rstd_BT[..., None, None]
+    act = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+    return act.astype(gate_up_BTCF.dtype)
 
 
 def _split(static, qkv_BTJ, rstd_BT, freqs_cos, freqs_sin):

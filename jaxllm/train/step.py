@@ -5,6 +5,7 @@ spikes are skipped. Batches are dicts of (A, B, T) arrays: A micro-batches of B 
 T tokens.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,12 +72,12 @@ def build(config: RunConfig, mesh: Mesh, *, total_steps: int) -> Program:
     rows = batch_sharding(mesh)
 
     def train_step(state, batch):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _precision(compute):
             return update_state(config, graphdef, state, batch, total_steps=total_steps)
 
     def eval_step(params, batch):
         micro = jax.tree.map(lambda x: x[0], batch)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _precision(compute):
             loss_sum = summed_loss(graphdef, cast_matrices(params, compute), micro)
         return loss_sum, jnp.sum(micro["loss_mask"].astype(jnp.int32))
 
@@ -120,6 +121,13 @@ def to_device(program: Program, batch: Batch, *, parts: int) -> Batch:
         )
 
     return {name: put(x) for name, x in batch.items()}
+
+
+def _precision(compute: ComputeConfig):
+    """Where float32 products may use TF32, "highest" forbids it, gradients included."""
+    if compute.matmul_precision == "highest":
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
 
 
 def resolve_compute(config: RunConfig, device: Any) -> ComputeConfig:
