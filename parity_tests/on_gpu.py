@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def measured(variants: dict[str, dict[str, Any]] = VARIANTS) -> dict[str, Any]:
-    """Relative errors of logits, loss and gradients: autocast's, then each variant's."""
+    """Relative errors of logits, loss, gradients: autocast's, then each variant's."""
     params = cases.spread(MODEL, 0, FP32)
     batch = cases.batch(0, (1, 4, 128), MODEL.vocab_size)
     truth = rungs_bf16.torch_side(params, MODEL, FP64, batch, autocast=False)

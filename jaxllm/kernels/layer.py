@@ -9,7 +9,7 @@ activations, so this form
   layer and the factor, one number a token, joins the rotation or the SwiGLU gate. The
   normed activations are never written, and the norm weight's gradient is a sum over
   the matrix instead of over the tokens;
-- multiplies q, k and v in one product, and gate and up in another;
+- multiplies q, k and v in one product, and, where act is kept, gate and up in another;
 - keeps x, q, k, v, the attention's output, x again, gate and up, and recomputes the
   elementwise rest in the backward pass, never a product and never attention. One
   array of that rest may be kept too, for 97 KiB a token more memory and less traffic.
@@ -33,7 +33,9 @@ class Weights(NamedTuple):
     qkv_DJ: jax.Array
     out_D: jax.Array
     """wo, (N H, D)."""
-    gate_up_DCF: jax.Array
+    gate_up: "jax.Array | tuple[jax.Array, jax.Array]"
+    """Joined as (D, C, F), or (D, F) of each: recomputing act beside its gradients is
+    one kernel only while those are two arrays."""
     down_FD: jax.Array
 
 
@@ -61,11 +63,13 @@ def fused_layer(layer: Any, h_BTD, freqs_cos, freqs_sin) -> jax.Array:
         compute.attention,
         keep_act=compute.remat == "none",
     )
-    weights = fold(layer, config.n_kv_heads, compute.compute_dtype)
+    weights = fold(
+        layer, config.n_kv_heads, compute.compute_dtype, join=static.keep_act
+    )
     return decoder_layer(static, h_BTD, weights, freqs_cos, freqs_sin)
 
 
-def fold(layer: Any, n_kv_heads: int, dtype) -> Weights:
+def fold(layer: Any, n_kv_heads: int, dtype, *, join: bool) -> Weights:
     """Folds norm weights into matrices (d_in, d_out), joins q, k, v; casts to `dtype`.
 
     q, k and v are joined head group by head group (K, G + 2, H), so that a mesh that
@@ -82,11 +86,16 @@ def fold(layer: Any, n_kv_heads: int, dtype) -> Weights:
         for projection in (attention.wq, attention.wk, attention.wv)
     ]
     qkv_DKJ = attention_norm_D[:, None, None] * jnp.concatenate(groups, axis=2)
-    gate_up_DCF = jnp.stack([mlp.w1.kernel[...], mlp.w3.kernel[...]], axis=1)
+    gate_up = tuple(
+        (ffn_norm_D[:, None] * projection.kernel[...]).astype(dtype)
+        for projection in (mlp.w1, mlp.w3)
+    )
+    if join:
+        gate_up = jnp.stack(gate_up, axis=1)
     return Weights(
         qkv_DJ=qkv_DKJ.reshape(d, -1).astype(dtype),
         out_D=attention.wo.kernel[...].astype(dtype),
-        gate_up_DCF=(ffn_norm_D[:, None, None] * gate_up_DCF).astype(dtype),
+        gate_up=gate_up,
         down_FD=mlp.w2.kernel[...].astype(dtype),
     )
 
@@ -112,13 +121,13 @@ def _forward(static, h_BTD, weights, freqs_cos, freqs_sin):
 
     x_mid_BTD = _narrow(h_BTD, dtype)
     rstd_mid_BT = _rstd(h_BTD, static.eps)
-    gate_up_BTCF = jnp.einsum("BTD,DCF->BTCF", x_mid_BTD, weights.gate_up_DCF)
-    act_BTF = _swiglu(gate_up_BTCF, rstd_mid_BT)
+    gate_up = _gate_up(x_mid_BTD, weights.gate_up)
+    act_BTF = _swiglu(gate_up, rstd_mid_BT)
     h_BTD = h_BTD + (act_BTF @ weights.down_FD).astype(h_BTD.dtype)
 
     attention_residuals = (x_BTD, rstd_BT, attention_vjp, out_BTE)
     kept = act_BTF if static.keep_act else None
-    mlp_residuals = (x_mid_BTD, rstd_mid_BT, gate_up_BTCF, kept)
+    mlp_residuals = (x_mid_BTD, rstd_mid_BT, gate_up, kept)
     return h_BTD, (attention_residuals, mlp_residuals, weights, freqs_cos, freqs_sin)
 
 
@@ -127,19 +136,18 @@ def _backward(static, residuals, dh_BTD):
     dtype = weights.qkv_DJ.dtype
 
     # h + down(act), act = silu(gate r) * (up r), where r is the norm's factor.
-    x_BTD, rstd_BT, gate_up_BTCF, kept = mlp_residuals
+    x_BTD, rstd_BT, gate_up, kept = mlp_residuals
     dy_BTD = dh_BTD.astype(dtype)
     dact_BTF = _times_transposed(dy_BTD, weights.down_FD)
     # Behind the barrier XLA cannot take the forward's activations for those it
     # recomputes here: keeping them costs 97 KiB a token in a 215M model.
-    dact_BTF, gate_up_BTCF = jax.lax.optimization_barrier((dact_BTF, gate_up_BTCF))
-    act_BTF, swiglu_vjp = jax.vjp(_swiglu, gate_up_BTCF, rstd_BT)
+    dact_BTF, gate_up = jax.lax.optimization_barrier((dact_BTF, gate_up))
+    act_BTF, swiglu_vjp = jax.vjp(_swiglu, gate_up, rstd_BT)
     act_BTF = act_BTF if kept is None else kept
-    dgate_up_BTCF, drstd_BT = swiglu_vjp(dact_BTF)
+    dgate_up, drstd_BT = swiglu_vjp(dact_BTF)
     # The narrower factor is the one that a CPU copies transposed.
     ddown_FD = _outer(dy_BTD, act_BTF).T
-    dgate_up_DCF = jnp.einsum("BTD,BTCF->DCF", x_BTD, dgate_up_BTCF)
-    dx_BTD = jnp.einsum("BTCF,DCF->BTD", dgate_up_BTCF, weights.gate_up_DCF)
+    dx_BTD, dgate_up = _gate_up_backward(x_BTD, weights.gate_up, dgate_up)
     dh_BTD = _add_norm_gradient(dh_BTD, dx_BTD, x_BTD, rstd_BT, drstd_BT)
 
     # h + out(attention(rotate(x qkv r))). The factor's gradient is taken from
@@ -155,7 +163,7 @@ def _backward(static, residuals, dh_BTD):
     stat = rstd_BT.dtype
     along_BT = jnp.sum(dx_BTD.astype(stat) * x_BTD.astype(stat), axis=-1)
     dh_BTD = _add_norm_gradient(dh_BTD, dx_BTD, x_BTD, rstd_BT, along_BT / rstd_BT)
-    dweights = Weights(dqkv_DJ, dout_D, dgate_up_DCF, ddown_FD)
+    dweights = Weights(dqkv_DJ, dout_D, dgate_up, ddown_FD)
     return dh_BTD, dweights, jnp.zeros_like(freqs_cos), jnp.zeros_like(freqs_sin)
 
 
@@ -192,10 +200,34 @@ def _add_norm_gradient(dh_BTD, dx_BTD, x_BTD, rstd_BT, drstd_BT):
     return jax.lax.optimization_barrier(total.astype(dh_BTD.dtype))
 
 
-def _swiglu(gate_up_BTCF, rstd_BT):
-    gate_up = gate_up_BTCF.astype(rstd_BT.dtype) * rstd_BT[..., None, None]
-    act = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-    return act.astype(gate_up_BTCF.dtype)
+def _gate_up(x_BTD, gate_up):
+    """gate and up, before the norm's factor: (B, T, C, F), or (B, T, F) of each."""
+    if isinstance(gate_up, tuple):
+        return tuple(x_BTD @ weight_DF for weight_DF in gate_up)
+    return jnp.einsum("BTD,DCF->BTCF", x_BTD, gate_up)
+
+
+def _gate_up_backward(x_BTD, gate_up, dgate_up):
+    """The gradients of x_BTD and of the matrices."""
+    if isinstance(gate_up, tuple):
+        gate_DF, up_DF = gate_up
+        dgate_BTF, dup_BTF = dgate_up
+        dx_BTD = _times_transposed(dgate_BTF, gate_DF)
+        dx_BTD = dx_BTD + _times_transposed(dup_BTF, up_DF)
+        return dx_BTD, (_outer(x_BTD, dgate_BTF), _outer(x_BTD, dup_BTF))
+    dx_BTD = jnp.einsum("BTCF,DCF->BTD", dgate_up, gate_up)
+    return dx_BTD, jnp.einsum("BTD,BTCF->DCF", x_BTD, dgate_up)
+
+
+def _swiglu(gate_up, rstd_BT):
+    """silu(gate) * up, each times the norm's factor."""
+    if isinstance(gate_up, tuple):
+        gate, up = (x.astype(rstd_BT.dtype) * rstd_BT[..., None] for x in gate_up)
+        return (jax.nn.silu(gate) * up).astype(gate_up[0].dtype)
+    # The factor before the cut: the other way around, XLA makes three kernels of the
+    # gradient, and moves 278 KiB a token more in a 215M model.
+    both = gate_up.astype(rstd_BT.dtype) * rstd_BT[..., None, None]
+    return (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(gate_up.dtype)
 
 
 def _split(static, qkv_BTJ, rstd_BT, freqs_cos, freqs_sin):
