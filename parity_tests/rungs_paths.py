@@ -73,11 +73,11 @@ def blocked(precision: Precision, seed: int) -> Pairs:
         with precision.active():
             mine = [np.asarray(x) for x in _blocked(3 * q, key, v, dout)]
         inputs = [torch.from_numpy(x).requires_grad_() for x in (3 * q, key, v)]
-        heads = [
+        a, b, c = (
             x.transpose(1, 2).repeat_interleave(4 // x.shape[2], 1) for x in inputs
-        ]
+        )
         their_out = torch.nn.functional.scaled_dot_product_attention(
-            *heads, is_causal=True
+            a, b, c, is_causal=True
         ).transpose(1, 2)
         their_out.backward(torch.from_numpy(dout))
         theirs = [their_out.detach()] + [x.grad for x in inputs]

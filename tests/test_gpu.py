@@ -105,7 +105,7 @@ def test_embedding_gradients_equal_a_scatter_on_the_host(form):
     np.add.at(expected, tokens.ravel(), dh.reshape(-1, 64).astype(np.float64))
 
     def summed(table):
-        h = embed(table, tokens, dtype="float32", implementation=form)
+        h = embed(table, jnp.asarray(tokens), dtype="float32", implementation=form)
         return jnp.sum(h * dh)
 
     with jax.default_matmul_precision("highest"):

@@ -129,8 +129,8 @@ def _blocked_bwd(residuals, dout_BTNH):
     dqs, dks, dvs = [], [], []
     for (start, end), block in zip(_blocks(t), kept, strict=True):
         dq_BKMH, *dkv = _attend_bwd(
-            _rows(q_BKTGH, start, end), k_BKSH[:, :, :end], v_BKSH[:, :, :end],
-            *block, _rows(dout_BKTGH, start, end),
+            _rows(q_BKTGH, start, end), k_BKSH[:, :, :end], v_BKSH[:, :, :end], block,
+            _rows(dout_BKTGH, start, end),
         )  # fmt: skip
         dqs.append(dq_BKMH)
         for sums, part in zip((dks, dvs), dkv, strict=True):
@@ -140,10 +140,9 @@ def _blocked_bwd(residuals, dout_BTNH):
     return tuple(x.astype(q_BKTGH.dtype) for x in (dq_BTNH, dk_BSKH, dv_BSKH))
 
 
-def _attend_bwd(
-    q_BKMH, k_BKSH, v_BKSH, out_BKMH, weights_BKMS, inverse_BKM1, dout_BKMH
-):
+def _attend_bwd(q_BKMH, k_BKSH, v_BKSH, block, dout_BKMH):
     """One block's gradients of queries, keys and values; takes what _attend gave."""
+    out_BKMH, weights_BKMS, inverse_BKM1 = block
     dout_BKMH = dout_BKMH * inverse_BKM1
     along_BKM1 = jnp.sum(dout_BKMH * out_BKMH, axis=-1, keepdims=True)
     dout_BKMH = dout_BKMH.astype(v_BKSH.dtype)
