@@ -77,6 +77,18 @@ def test_sizes_of_types():
     assert hlo.size("(f32[2,3]{1,0}, s8[5]{0}, pred[])") == 24 + 5 + 1
 
 
+def test_groups_of_a_collective():
+    for size, groups in (
+        (4, "{{0,1,2,3},{4,5,6,7}}, use_global_device_ids=true"),
+        (2, "[4,2]<=[2,4]T(1,0), use_global_device_ids=true"),
+        (8, "mesh['a'=1,'b'=8,'c'=2] {'b'}, dimensions={1}"),
+        (8, "mesh['a'=1,'b'=8,'c'=2], device_ids=([2,8]T(1,0)) {'b'}, dimensions={1}"),
+        (16, "mesh['a'=2,'b'=8], device_ids=([16]) {'a','b'}, dimensions={1}"),
+    ):
+        assert hlo.group_size(f"channel_id=1, replica_groups={groups}") == size
+    assert hlo.group_size("source_target_pairs={{0,1}}") == 2
+
+
 def test_every_target_describes_itself():
     for target in TARGETS.values():
         assert f"core_count: {target.cores} " in target.description

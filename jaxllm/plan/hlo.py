@@ -27,6 +27,8 @@ COLLECTIVES = (
 )  # fmt: skip
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+# mesh['a'=2,'b'=8] {'b'}, or with the devices' order before the axes that take part.
+_MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\S*)?\s*\{([^}]*)\}")
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
 
@@ -290,7 +292,7 @@ def group_size(attributes: str) -> int:
         return found[1].count(",") + 1
     if found := re.match(r"\[\d+,(\d+)\]<=", text):
         return int(found[1])
-    if found := re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+    if found := re.match(_MESH, text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     return 2 if "source_target_pairs=" in attributes else 1
