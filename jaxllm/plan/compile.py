@@ -67,16 +67,17 @@ class Plan:
 
 
 def devices(target: Target, count: int) -> list[Any]:
-    """Descriptions of `count` GPUs of one node, to make a mesh of.
+    """Descriptions of `count` GPUs, to make a mesh of: one node, or nodes of 8.
 
     Raises: RuntimeError saying what to install if the CUDA plugin is not there.
     """
+    nodes = count // 8 if count % 8 == 0 else 1
     try:
         topology = topologies.get_topology_desc(
             platform="cuda",
             topology_name="",
             target_config=target.description,
-            topology=f"1x1x{count}",
+            topology=f"1x{nodes}x{count // nodes}",
         )
     except Exception as error:
         raise RuntimeError(

@@ -5,14 +5,13 @@ from typing import Any
 
 from jaxllm.plan import hlo
 from jaxllm.plan.compile import Plan, attention_calls
+from jaxllm.plan.targets import (
+    ATTENTION_SHARE,
+    MATMUL_SHARE,
+    MEMORY_SHARE,
+    RESERVED_BYTES,
+)
 from jaxllm.train.metrics import flops_per_token
-
-# What a good kernel reaches of a data sheet's figure. Matrix products: 798 of 989
-# TFLOP/s measured on an H100 at this model's shapes; device memory: 85 to 93 % of the
-# data sheet in large streaming kernels; attention at head_dim 64: 25 to 40 % of peak.
-MATMUL_SHARE, MEMORY_SHARE, ATTENTION_SHARE = 0.807, 0.88, 0.33
-# Left free on the card for the CUDA context, cuDNN's and NCCL's own buffers.
-RESERVED_BYTES = 1.5e9
 
 
 def group(kernel: hlo.Kernel) -> str:

@@ -3,6 +3,12 @@
 from dataclasses import dataclass
 
 GIB = 1024**3
+# What a good kernel reaches of a data sheet's figure. Matrix products: 798 of 989
+# TFLOP/s measured on an H100 at this model's shapes; device memory: 85 to 93 % of the
+# data sheet in large streaming kernels; attention at head_dim 64: 25 to 40 % of peak.
+MATMUL_SHARE, MEMORY_SHARE, ATTENTION_SHARE = 0.807, 0.88, 0.33
+# Left free on the card for the CUDA context, cuDNN's and NCCL's own buffers.
+RESERVED_BYTES = 1.5e9
 
 
 @dataclass(frozen=True)
