@@ -97,22 +97,24 @@ def stream(
     _check(prompts, config, max_new_tokens)
     rows = [list(prompt) for prompt in prompts]
     stopped = [False] * len(rows)
-    cache = None
+    layers, cache = [], None
     for count in range(max_new_tokens):
         lengths = [len(row) for row in rows]
         if max(lengths) > config.max_seq_len:
             tokens, ends = _padded(rows, config.max_seq_len, config.max_seq_len)
             logits_BV = _score(graphdef, params, tokens, ends)
         elif cache is None:
+            layers = unstack(graphdef, params)
             need = min(max(lengths) + max_new_tokens - 1, config.max_seq_len)
             tokens, ends = _padded(rows, _bucket(max(lengths), config.max_seq_len))
             logits_BV, cache = _prefill(
-                graphdef, params, tokens, ends, _bucket(need, config.max_seq_len)
-            )
+                graphdef, params, layers, tokens, ends,
+                _bucket(need, config.max_seq_len),
+            )  # fmt: skip
         else:
             latest = np.array([[row[-1]] for row in rows], np.int32)
             ends = np.array(lengths, np.int32)
-            logits_BV, cache = _decode(graphdef, params, latest, ends, cache)
+            logits_BV, cache = _decode(graphdef, params, layers, latest, ends, cache)
         chosen = _choose(sampling, logits_BV, rows, count, config.vocab_size)
         out: list[int | None] = []
         for b, token in enumerate(chosen.tolist()):
@@ -127,28 +129,61 @@ def stream(
             return
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _prefill(graphdef, params, tokens_BT, lengths_B, slots: int):
+def unstack(graphdef: Any, params: dict) -> list[dict]:
+    """Gives every layer arrays of its own; a token would else copy all weights anew.
+
+    Matrices come in the dtype in which they enter products. On a CPU, where nothing is
+    cast, the arrays share the memory of `params`; elsewhere they are copies.
+    """
+    model: Transformer = nnx.merge(graphdef, params)
+    dtype = jnp.dtype(model.compute.compute_dtype)
+    stacks = jax.tree.map(jnp.asarray, params["layers"])
+    return [
+        jax.tree.map(functools.partial(_row, i, dtype), stacks)
+        for i in range(model.config.n_layers)
+    ]
+
+
+def _row(i, dtype, stacked):
+    dtype, devices = dtype if stacked.ndim == 3 else stacked.dtype, stacked.devices()
+    on_one_cpu = len(devices) == 1 and min(d.platform for d in devices) == "cpu"
+    # DLPack does without the copy that an array keeps of itself for NumPy, and lets
+    # go of the memory when the rows do. NumPy's knows no bfloat16.
+    if on_one_cpu and stacked.dtype == dtype and dtype.kind == "f":
+        return jax.device_put(np.from_dlpack(stacked)[i], *devices)
+    return _copied_row(i, dtype, stacked)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _copied_row(i, dtype, stacked):
+    return jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _prefill(graphdef, params, layers, tokens_BT, lengths_B, slots: int):
     """Runs the prompts through an empty cache; returns logits_BV and the cache."""
     model: Transformer = nnx.merge(graphdef, params)
     config, compute = model.config, model.compute
-    shape = (
-        config.n_layers, len(tokens_BT), slots, config.n_kv_heads, config.head_dim,
-    )  # fmt: skip
-    cache = {name: jnp.zeros(shape, compute.compute_dtype) for name in ("k", "v")}
+    shape = len(tokens_BT), slots, config.n_kv_heads, config.head_dim
+    cache = [
+        {name: jnp.zeros(shape, compute.compute_dtype) for name in ("k", "v")}
+        for _ in layers
+    ]
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    h_BTD, cache = model.hidden(tokens_BT, positions_BT=positions_BT, cache=cache)
+    h_BTD, cache = model.hidden(
+        tokens_BT, positions_BT=positions_BT, layers=layers, cache=cache
+    )
     return _last_logits(model, h_BTD, lengths_B), cache
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _decode(graphdef, params, tokens_B1, lengths_B, cache: Cache):
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _decode(graphdef, params, layers, tokens_B1, lengths_B, cache: list[Cache]):
     """Adds one token a row, the lengths_B-th; returns logits_BV and the cache."""
     model: Transformer = nnx.merge(graphdef, params)
-    h_B1D, cache_ = model.hidden(
-        tokens_B1, positions_BT=lengths_B[:, None] - 1, cache=cache
+    h_B1D, grown = model.hidden(
+        tokens_B1, positions_BT=lengths_B[:, None] - 1, layers=layers, cache=cache
     )
-    return logits(h_B1D[:, 0], model.head_VD()), cache_
+    return logits(h_B1D[:, 0], model.head_VD()), grown
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,6 +8,7 @@ computed in at least float32 and follow wider inputs.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -211,13 +212,17 @@ class Transformer(nnx.Module):
         *,
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
-        cache: Cache | None = None,
+        layers: Sequence[dict] | None = None,
+        cache: Sequence[Cache] | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, list[Cache] | None]:
         """Runs all but the head; returns h_BTD in the compute dtype, and the cache.
 
-        `positions_BT` defaults to 0 .. T-1. `cache` holds k and v of shape
-        (L, B, S, K, H) and needs positions; dropout acts only when it gets a key.
+        `positions_BT` defaults to 0 .. T-1. `cache` holds, for each of the L layers, k
+        and v of shape (B, S, K, H), and needs positions and `layers`: the parameters of
+        each layer as arrays of their own (`generate.unstack`). One token does so little
+        with a weight that taking it out of a stack costs as much as using it. Dropout
+        acts only when it gets a key, and without a cache.
         """
         freqs_cos, freqs_sin = self._freqs_cis(tokens_BT, positions_BT)
         n_layers = self.config.n_layers
@@ -240,10 +245,18 @@ class Transformer(nnx.Module):
             )  # fmt: skip
 
         body = _rematerialised(body, self.compute)
-        h_BTD, cache = jax.lax.scan(
-            body, h_BTD, (self.layers, keys, cache), unroll=self.compute.unroll or 1
-        )
-        return self.norm(h_BTD).astype(self.compute.compute_dtype), cache
+        if cache is None:
+            h_BTD, grown = jax.lax.scan(
+                body, h_BTD, (self.layers, keys, None), unroll=self.compute.unroll or 1
+            )
+        else:
+            assert layers is not None and keys is None
+            layerdef, grown = nnx.split(self.layers)[0], []
+            for params, layer_cache in zip(layers, cache, strict=True):
+                layer = nnx.merge(layerdef, params)
+                h_BTD, layer_cache = body(h_BTD, (layer, None, layer_cache))
+                grown.append(layer_cache)
+        return self.norm(h_BTD).astype(self.compute.compute_dtype), grown
 
     def head_VD(self) -> jax.Array:
         """The output head's weight in the compute dtype."""

@@ -13,6 +13,7 @@ import torch
 from flax import nnx
 
 from jaxllm.config import ModelConfig
+from jaxllm.generate import unstack
 from jaxllm.kernels.attention import attention
 from jaxllm.train import step as ours_step
 from parity_tests import cases, sides
@@ -132,19 +133,25 @@ def cached(precision: Precision, seed: int) -> Pairs:
         theirs = other(sides.as_torch(tokens)).logits.numpy()
 
     @jax.jit
-    def run(params, tokens, positions, cache):
+    def run(params, layers, tokens, positions, cache):
         model = nnx.merge(graphdef, params)
-        h, cache = model.hidden(tokens, positions_BT=positions, cache=cache)
+        h, cache = model.hidden(
+            tokens, positions_BT=positions, layers=layers, cache=cache
+        )
         return h @ model.head_VD().T, cache
 
     pairs: Pairs = {}
     with precision.active():
-        shape = (TINY.n_layers, 3, slots, TINY.n_kv_heads, TINY.head_dim)
-        cache = {name: jnp.zeros(shape, precision.dtype) for name in "kv"}
+        on_device = jax.tree.map(jnp.asarray, params)
+        layers = unstack(graphdef, on_device)
+        shape = (3, slots, TINY.n_kv_heads, TINY.head_dim)
+        cache = [
+            {name: jnp.zeros(shape, precision.dtype) for name in "kv"} for _ in layers
+        ]
         width = int(lengths.max())
         prompt = np.where(np.arange(width) < lengths[:, None], tokens[:, :width], 1)
         positions = np.broadcast_to(np.arange(width, dtype=np.int32), prompt.shape)
-        logits, cache = run(params, prompt, positions, cache)
+        logits, cache = run(on_device, layers, prompt, positions, cache)
         for row, length in enumerate(lengths):
             pairs[f"prefill row {row}"] = (
                 np.asarray(logits[row, :length]), theirs[row, :length],
@@ -152,7 +159,7 @@ def cached(precision: Precision, seed: int) -> Pairs:
         for new in range(12):
             at = (lengths + new)[:, None].astype(np.int32)
             latest = np.take_along_axis(tokens, at, axis=1)
-            logits, cache = run(params, latest, at, cache)
+            logits, cache = run(on_device, layers, latest, at, cache)
             expected = np.take_along_axis(theirs, at[..., None], axis=1)
             pairs[f"decode {new}"] = (np.asarray(logits), expected)
     return pairs

@@ -86,6 +86,53 @@ def test_lengths_share_compiled_programs():
     assert decode._cache_size() <= 2
 
 
+def nbytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def test_a_token_copies_neither_weights_nor_cache():
+    layers = decoding.unstack(*network())
+    shape = 1, 64, CONFIG.n_kv_heads, CONFIG.head_dim
+    cache = [{name: jnp.zeros(shape) for name in "kv"} for _ in layers]
+    decode: Any = decoding._decode
+    program = decode.lower(
+        *network(), layers, np.ones((1, 1), np.int32), np.ones(1, np.int32), cache
+    )
+    memory = program.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < nbytes(layers[0]) / 4
+    assert memory.alias_size_in_bytes == nbytes(cache)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_unstacked_layers_hold_what_the_stack_holds(dtype):
+    compute = ComputeConfig(compute_dtype=dtype).resolve(n_layers=CONFIG.n_layers)
+    graphdef, _ = nnx.split(Transformer(CONFIG, compute, rngs=nnx.Rngs(1)))
+    params = network()[1]
+    layers = decoding.unstack(graphdef, params)
+    assert len(layers) == CONFIG.n_layers
+    for i, layer in enumerate(layers):
+        at = jax.tree.map(lambda x, i=i: x[i], params["layers"])
+        norm, kernel = "attention_norm", layer["attention"]["wq"]["kernel"]
+        assert layer[norm]["weight"].dtype == jnp.float32
+        assert kernel.dtype == dtype
+        jax.tree.map(
+            lambda x, y: np.testing.assert_array_equal(x, y.astype(x.dtype)), layer, at
+        )
+        stack = params["layers"]["attention"]["wq"]["kernel"]
+        offset = kernel.unsafe_buffer_pointer() - stack.unsafe_buffer_pointer()
+        assert (offset == i * kernel.nbytes) == (dtype == "float32")
+
+
+def test_after_decoding_the_parameters_can_be_given_away():
+    graphdef, params = network()
+    given = jax.tree.map(lambda x: x + 0, params)
+    generate(graphdef, given, prompts(4), max_new_tokens=3)
+    stack = given["layers"]["attention"]["wq"]["kernel"]
+    where = stack.unsafe_buffer_pointer()
+    kept = jax.jit(lambda x: x + 1, donate_argnums=0)(stack)
+    assert stack.is_deleted() and kept.unsafe_buffer_pointer() == where
+
+
 def test_a_row_ends_with_its_stop_id_and_the_others_go_on():
     rows = prompts(4, 8)
     free = generate(*network(), rows, max_new_tokens=15)
