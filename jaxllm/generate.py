@@ -147,10 +147,8 @@ def unstack(graphdef: Any, params: dict) -> list[dict]:
 def _row(i, dtype, stacked):
     dtype, devices = dtype if stacked.ndim == 3 else stacked.dtype, stacked.devices()
     on_one_cpu = len(devices) == 1 and min(d.platform for d in devices) == "cpu"
-    # DLPack does without the copy that an array keeps of itself for NumPy, and lets
-    # go of the memory when the rows do. NumPy's knows no bfloat16.
-    if on_one_cpu and stacked.dtype == dtype and dtype.kind == "f":
-        return jax.device_put(np.from_dlpack(stacked)[i], *devices)
+    if on_one_cpu and stacked.dtype == dtype:
+        return jax.device_put(np.asarray(stacked)[i], *devices)
     return _copied_row(i, dtype, stacked)
 
 

@@ -99,7 +99,7 @@ FORWARD = (
     Mutant("decoding runs the layers backwards", _HIDDEN, "zip(layers, cache,",
            "zip(layers[::-1], cache,", "cached decode"),
     Mutant("decoding runs the first layer throughout", "generate:_row",
-           "np.from_dlpack(stacked)[i]", "np.from_dlpack(stacked)[0]", "cached decode"),
+           "np.asarray(stacked)[i]", "np.asarray(stacked)[0]", "cached decode"),
     # Feed-forward and layer
     Mutant("w1 and w3 exchanged", "model:MLP.__call__",
            "jax.nn.silu(gate_BTF) * up_BTF", "jax.nn.silu(up_BTF) * gate_BTF", "mlp"),
