@@ -63,6 +63,9 @@ TRAINING = (
     # Decay
     Mutant("decay on norm weights", "train.optim:decays",
            '("kernel", "embedding")', '("kernel", "embedding", "weight")', "update"),
+    Mutant("no decay on an untied head", "train.optim:decays",
+           'in ("kernel", "embedding")',
+           'in ("kernel", "embedding") and path[0].key != "output"', "update"),
     Mutant("no decay on the embedding", "train.optim:decays",
            '("kernel", "embedding")', '("kernel",)', "update"),
     Mutant("Adam decays too", _UPDATE, 'optim.algorithm == "adamw" and decays(path)',
@@ -106,6 +109,10 @@ TRAINING = (
     Mutant("evaluation counts padding", "train.step:build",
            'jnp.sum(micro["loss_mask"].astype(jnp.int32))',
            'jnp.sum(jnp.ones_like(micro["loss_mask"], jnp.int32))', "evaluation"),
+    Mutant("a step ignores segments", "train.step:summed_loss",
+           'micro.get("segment_ids")', "None", "document gradients"),
+    Mutant("nothing to learn from is a NaN", _GRADS,
+           "jnp.maximum(jnp.sum(counts_A), 1)", "jnp.sum(counts_A)", "accumulation"),
     # Conversion
     Mutant("no permutation", _OUT, 'row.rotary and format == "llama"', "False",
            "weights"),
@@ -128,6 +135,20 @@ TRAINING = (
     Mutant("Llama's own base", "convert.configs:llama_config",
            '"rope_type": "default", "rope_theta": config.rope_theta',
            '"rope_type": "default", "rope_theta": 10000.0', "exported"),
+    Mutant("imports with its own eps", "convert.configs:config_from_llama",
+           'values.get("rms_norm_eps", 1e-6)', "1e-5", "weights"),
+    Mutant("imports with its own base", "convert.configs:config_from_llama",
+           "_rope_theta(values)", "10000.0", "weights"),
+    Mutant("imports with its own length", "convert.configs:config_from_llama",
+           'values.get("max_position_embeddings", 2048)', "48", "weights"),
+    Mutant("a k_model's eps forgotten", "convert.configs:config_from_k_model",
+           "if name in values}", 'if name in values and name != "norm_eps"}',
+           "weights"),
+    Mutant("every half is bfloat16", "convert.dtypes:as_dtype",
+           'name == "bfloat16"', '"16" in name', "weights"),
+    Mutant("bfloat16 read as float16", "convert.tensors:_open",
+           '_DTYPES[entry["dtype"]], tuple', '_DTYPES[entry["dtype"][-3:]], tuple',
+           "weights"),
     # Data
     Mutant("window off by one", _PACKED, "int(index) * self.seq_len",
            "int(index) * self.seq_len + 1", "rows"),
@@ -163,10 +184,6 @@ EQUIVALENT: dict[str, str] = {
     "dropping checkpoint_name, remat='layer' for 'none'": (
         "Rematerialisation decides what is kept, not what is computed: 'fast forms' "
         "runs each choice against the same reference within the same gate."
-    ),
-    "max(n, 1) for n where n counts tokens": (
-        "Differs at n = 0 alone, where the summed loss is 0 as well and 0 / 0 would "
-        "be no number: 'accumulation' holds an empty micro-batch."
     ),
     "norm over the stacked layers at once": (
         "The global norm is a sum of squares: stacking layers changes the order of "

@@ -80,6 +80,9 @@ RUNGS: dict[str, Rung] = {
     "fast forms": _rung(paths.forms, "relative L2", 1e-12, 2e-5),
     "blocked attention": _rung(paths.blocked, "relative L2", 1e-13, 5e-6),
     "documents": _rung(paths.documents, "relative L2", 1e-12, 5e-6),
+    "document gradients": _rung(
+        paths.document_gradients, "relative L2", 1e-12, 2e-5, seeds=(0, 1)
+    ),
     "cached decode": _rung(paths.cached, "relative L2", 1e-12, 5e-6, seeds=(0, 1)),
     "dropout": _rung(paths.dropout, "relative L2", 1e-12, 2e-5),
     "evaluation": _rung(paths.evaluation, "relative", 1e-13, 5e-6),

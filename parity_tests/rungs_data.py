@@ -52,43 +52,66 @@ def weights(precision: Precision, seed: int) -> Pairs:
             _same(pairs, f"{name}: to {form}", there, expected)
             back = from_state_dict(expected, config, format=form)
             _same(pairs, f"{name}: from {form}", _leaves(back), _leaves(params))
-        _same(pairs, f"{name}: bfloat16", *_rounded(state))
         _same(pairs, f"{name}: file", *_through_a_file(mine))
+        for half, torch_half in _HALVES.items():
+            _same(pairs, f"{name}: {half}", *_rounded(state, half, torch_half))
+        told = dataclasses.replace(
+            config, norm_eps=3e-4, rope_theta=5e4, max_seq_len=77
+        )
         for part, read, write in (
             ("k_model", config_from_k_model, k_model_config),
             ("llama", config_from_llama, llama_config),
         ):
             if config.dim % config.n_heads:
                 continue  # which Llama does not know
-            back = read(write(config))
+            back = read(write(told))
             # Llama's file has no place for these two, which decide nothing any more.
             back = dataclasses.replace(
                 back, multiple_of=config.multiple_of, init=config.init
             )
-            pairs[f"{name}: {part} config"] = (repr(back), repr(config))
+            pairs[f"{name}: {part} config"] = (repr(back), repr(told))
     return pairs
 
 
-def _rounded(state: dict) -> tuple[dict, dict]:
-    """Tensors cast to bfloat16 by ours and by torch, as bits."""
-    mine = cast(state, "bfloat16")
-    return (
-        {name: x.view(np.uint16) for name, x in mine.items()},
-        {
-            name: torch.tensor(x).bfloat16().view(torch.uint16).numpy()
-            for name, x in state.items()
-        },
-    )
+_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _rounded(state: dict, half: str, torch_half: torch.dtype) -> tuple[dict, dict]:
+    """Tensors cast to 16 bits by ours and sent through files, and by torch, as bits."""
+    if half == "float16":  # torch rounds a float64 twice, by way of float32
+        state = {name: x.astype(np.float32) for name, x in state.items()}
+    found, _ = _through_a_file(cast(state, half))
+    return found, {
+        name: torch.tensor(x).to(torch_half).view(torch.uint16).numpy()
+        for name, x in state.items()
+    }
 
 
 def _through_a_file(tensors: dict) -> tuple[dict, dict]:
-    """What safetensors' own reader for torch finds in the file that ours wrote."""
+    """What safetensors' own reader for torch finds in the files that ours wrote."""
     with tempfile.TemporaryDirectory() as folder:
         (path,) = write_tensors(Path(folder), tensors)
-        found = {name: x.numpy() for name, x in load_file(path).items()}
-        mine = {name: np.array(x) for name, x in read_tensors(path).items()}
-    assert all(np.array_equal(mine[name], x) for name, x in found.items())
+        found = _by_torch(path)
+        *shards, index = write_tensors(Path(folder), tensors, max_shard_bytes=40_000)
+        assert len(shards) > 1 and index.suffix == ".json"
+        cut = {name: x for shard in shards for name, x in _by_torch(shard).items()}
+        whole = {name: np.array(x) for name, x in read_tensors(path).items()}
+        path.unlink()
+        joined = {name: np.array(x) for name, x in read_tensors(Path(folder)).items()}
+    for name, x in found.items():
+        assert np.array_equal(cut[name], x)
+        for mine in (whole[name], joined[name]):
+            assert mine.dtype == tensors[name].dtype
+            assert np.array_equal(mine.view(x.dtype), x)
+    assert len(whole) == len(joined) == len(cut) == len(found)
     return found, tensors
+
+
+def _by_torch(path: Path) -> dict[str, np.ndarray]:
+    return {
+        name: (x.view(torch.uint16) if x.itemsize == 2 else x).numpy()
+        for name, x in load_file(path).items()
+    }
 
 
 def exported(precision: Precision, seed: int) -> Pairs:

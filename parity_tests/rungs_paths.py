@@ -41,13 +41,18 @@ FORMS: dict[str, dict] = {
     "a CPU's": {"layer": "fused", "attention": "blocked", "unroll": 2},
 }  # fmt: skip
 """Every form of every kernel at least once, and the ones a GPU picks together."""
+CPU: dict = {"layer": "fused", "attention": "blocked"}
+"""Rows with segments, dropout or a cache must leave these forms for the plain ones."""
 
 
 def forms(precision: Precision, seed: int) -> Pairs:
-    """Logits, loss and gradients in every compute form."""
+    """Loss and gradients in every compute form, of networks unlike the default one."""
     pairs: Pairs = {}
     for k, (name, changes) in zip((2, 1, 4, 2, 2, 2), FORMS.items(), strict=True):
-        config = dataclasses.replace(TINY, n_kv_heads=k)
+        config = dataclasses.replace(
+            TINY, n_kv_heads=k, norm_eps=1e-3, head_dim=12,
+            tie_word_embeddings=k != 2,
+        )  # fmt: skip
         params = cases.spread(config, seed, precision)
         # More tokens than a chunk of the sorted embedding holds.
         batch = cases.batch(seed, (2, 4, 40), config.vocab_size)
@@ -104,7 +109,7 @@ def documents(precision: Precision, seed: int) -> Pairs:
     tokens = cases.text(seed, (1, TINY.max_seq_len), TINY.vocab_size)
     segments = np.repeat(np.arange(1, 4), lengths)[None].astype(np.int32)
     positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
-    functions = sides.ours(sides.run_config(TINY, precision.compute()))
+    functions = sides.ours(sides.run_config(TINY, precision.compute(**CPU)))
     with precision.active():
         packed = np.asarray(
             functions.logits(
@@ -122,12 +127,43 @@ def documents(precision: Precision, seed: int) -> Pairs:
     return pairs
 
 
+def document_gradients(precision: Precision, seed: int) -> Pairs:
+    """Loss and gradients of packed documents in a step, against each one alone."""
+    params = cases.spread(TINY, seed, precision)
+    lengths, length = (13, 22, 5), 40
+    batch = cases.batch(seed, (1, 1, length), TINY.vocab_size)
+    ends = np.cumsum(lengths)
+    # The last token of a document predicts nothing; the last row but one is real.
+    batch["loss_mask"] = ~np.isin(np.arange(length), ends - 1)[None, None]
+    batch["positions"] = np.concatenate([np.arange(n) for n in lengths])[None, None]
+    batch["segment_ids"] = np.repeat(np.arange(1, 4), lengths)[None, None]
+    batch = {
+        name: x if x.dtype == bool else x.astype(np.int32) for name, x in batch.items()
+    }
+    run = sides.run_config(TINY, precision.compute(**CPU))
+    mine, grads = sides.our_loss_and_grads(run, precision, params, batch)
+    by_name = cases.to_torch(grads, TINY)
+    other = sides.theirs(params, TINY, precision)
+    total = torch.zeros((), dtype=precision.torch_dtype)
+    for start, end in zip(ends - lengths, ends, strict=True):
+        alone = {k: sides.as_torch(x[0, :, start:end]) for k, x in batch.items()}
+        losses = other(alone["inputs"], alone["targets"]).loss
+        total = total + (losses * alone["loss_mask"]).sum()
+    loss = total / int(batch["loss_mask"].sum())
+    loss.backward()
+    pairs: Pairs = {"loss": (mine, loss.detach().numpy())}
+    for name, weight in sides.named_parameters(other).items():
+        assert weight.grad is not None
+        pairs[f"d {name}"] = (by_name[name], weight.grad.numpy())
+    return pairs
+
+
 def cached(precision: Precision, seed: int) -> Pairs:
     """Prefill of prompts of different lengths, then token by token."""
     params = cases.spread(TINY, seed, precision)
     tokens = cases.text(seed, (3, 40), TINY.vocab_size).astype(np.int32)
     lengths, slots = np.array([25, 7, 16]), 44
-    graphdef = sides.ours(sides.run_config(TINY, precision.compute())).graphdef
+    graphdef = sides.ours(sides.run_config(TINY, precision.compute(**CPU))).graphdef
     other = sides.theirs(params, TINY, precision)
     with torch.no_grad():
         theirs = other(sides.as_torch(tokens)).logits.numpy()
@@ -177,7 +213,7 @@ def dropout(precision: Precision, seed: int) -> Pairs:
     params = cases.spread(DROPPED, seed, precision)
     batch = cases.batch(seed, (2, 2, 20), DROPPED.vocab_size)
     run = sides.run_config(
-        DROPPED, precision.compute(), rows=2, accumulate=2, seed=seed
+        DROPPED, precision.compute(**CPU), rows=2, accumulate=2, seed=seed
     )
     other = sides.theirs(params, DROPPED, precision)
     pairs: Pairs = {}
@@ -254,20 +290,22 @@ def init(precision: Precision, seed: int) -> Pairs:
 
 
 def evaluation(precision: Precision, seed: int) -> Pairs:
-    """eval_step's summed loss and its count of tokens."""
+    """eval_step's summed loss, in both forms, and its count of tokens."""
     params = cases.spread(TINY, seed, precision)
     batch = cases.batch(seed, (1, 4, 40), TINY.vocab_size)
-    run = sides.run_config(TINY, precision.compute(), rows=4)
-    with precision.active():
-        program = sides.program(run, 10, (1, 1, 1))
-        loss, count = program.eval_step(params, batch)
-        loss, count = np.asarray(loss), np.asarray(count)
+    pairs: Pairs = {}
     other = sides.theirs(params, TINY, precision)
     with torch.no_grad():
         out = other(*(sides.as_torch(batch[n][0]) for n in ("inputs", "targets")))
         assert out.loss is not None
-        total = (out.loss * torch.from_numpy(batch["loss_mask"][0])).sum()
-    return {
-        "summed loss": (loss, total.numpy()),
-        "tokens": (count, batch["loss_mask"].sum()),
-    }
+        total = (out.loss * torch.from_numpy(batch["loss_mask"][0])).sum().numpy()
+    forms: tuple[dict, ...] = ({}, {"cross_entropy": "chunked", "loss_chunk": 37})
+    for changes in forms:
+        run = sides.run_config(TINY, precision.compute(**changes), rows=4)
+        with precision.active():
+            program = sides.program(run, 10, (1, 1, 1))
+            loss, count = map(np.asarray, program.eval_step(params, batch))
+        form = changes.get("cross_entropy", "plain")
+        pairs[f"{form}: summed loss"] = (loss, total)
+        pairs[f"{form}: tokens"] = (count, batch["loss_mask"].sum())
+    return pairs

@@ -203,9 +203,9 @@ def steps(precision: Precision, seed: int) -> dict[str, Pairs]:
     return found
 
 
-def paired(run: Run, precision: Precision) -> dict[str, Pairs]:
+def paired(run: Run, precision: Precision, **compute) -> dict[str, Pairs]:
     """One run on both sides: scalars a step, then tensors after the last."""
-    mine, other = our_run(run, precision), their_run(run, precision)
+    mine, other = our_run(run, precision, **compute), their_run(run, precision)
     kinds: dict[str, Pairs] = {
         "step losses": {"all": (mine.losses, other.losses)},
         "step learning rates": {"all": (mine.learning_rates, other.learning_rates)},

@@ -42,6 +42,7 @@ def update(precision: Precision, seed: int) -> Pairs:
             "ffn_norm": {"weight": (2, 5)},
         },
         "tok_embeddings": {"embedding": (11, 4)},
+        "output": {"kernel": (4, 11)},
     }
     is_shape: Any = lambda x: isinstance(x, tuple)  # noqa: E731
 
@@ -109,6 +110,13 @@ def accumulation(precision: Precision, seed: int) -> Pairs:
         by_name = cases.to_torch(grads, TINY)
         for tensor, grad in their_grads.items():
             pairs[f"{loss_norm}: d {tensor}"] = (by_name[tensor], grad.numpy())
+        # Nothing to learn from is no reason for a NaN, which would skip the step.
+        nothing = batch | {"loss_mask": np.zeros_like(batch["loss_mask"])}
+        mine, grads = sides.our_loss_and_grads(run, precision, params, nothing)
+        pairs[f"{loss_norm}, all masked: loss"] = (mine, np.zeros_like(mine))
+        for tensor, grad in cases.to_torch(grads, TINY).items():
+            where = f"{loss_norm}, all masked: d {tensor}"
+            pairs[where] = (grad, np.zeros_like(grad))
     return pairs
 
 
@@ -118,21 +126,29 @@ def one_recipe(precision: Precision, seed: int) -> Pairs:
     return _all_kinds(run, precision)
 
 
+ON_GPU: dict = {
+    "layer": "fused", "embedding": "sorted", "cross_entropy": "chunked",
+}  # fmt: skip
 ON_MESH = dataclasses.replace(TINY, vocab_size=96, tie_word_embeddings=False)
 
 
 def mesh(precision: Precision, seed: int) -> Pairs:
-    """The same steps over 8 devices, cut along data, fsdp and tensor."""
+    """The same steps over 8 devices, cut along data, fsdp, tensor; fast forms too."""
     recipe = "reference, A=4"
     assert RECIPES[recipe][1] == 4
     run = Run(recipe, 2, seed, model=ON_MESH, rows=4, length=SHORT, mesh=(2, 2, 2))
-    return _all_kinds(run, precision)
+    pairs = _all_kinds(run, precision)
+    if seed == 0 and precision.name == "fp64":
+        run = dataclasses.replace(run, recipe="adamw, token mean, A=1")
+        fast = _all_kinds(run, precision, **ON_GPU)
+        pairs |= {f"fast forms: {name}": pair for name, pair in fast.items()}
+    return pairs
 
 
-def _all_kinds(run: Run, precision: Precision) -> Pairs:
+def _all_kinds(run: Run, precision: Precision, **compute) -> Pairs:
     return {
         f"{kind} {name}": pair
-        for kind, pairs in paired(run, precision).items()
+        for kind, pairs in paired(run, precision, **compute).items()
         for name, pair in pairs.items()
     }
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from jaxllm import generate as ours_generate
 from jaxllm.convert import to_state_dict
 from jaxllm.convert.configs import llama_config
 from jaxllm.generate import generate
@@ -108,13 +109,44 @@ def test_both_stop_at_the_stop_id():
     config = cases.TINY
     params = cases.spread(config, 4, FP64)
     other = sides.theirs(params, config, FP64)
-    prompt = cases.text(4, (5,), config.vocab_size).ravel().tolist()
-    (row,) = _generate(config, FP64, params, [prompt], 16)
-    stop = row[6]
-    (cut,) = _generate(config, FP64, params, [prompt], 16, stop_ids=[stop])
+    texts = cases.text(4, (2, 5), config.vocab_size).tolist()
+    row, beside = _generate(config, FP64, params, texts, 16)
+    stop = next(token for token in row[6:] if token not in beside)
+    cut, whole = _generate(config, FP64, params, texts, 16, stop_ids=[stop])
+    prompt = texts[0]
     theirs = other.generate(torch.tensor([prompt]), 16, temperature=0.0, stop_id=stop)
-    assert cut == row[: row.index(stop) + 1]
+    assert cut == row[: row.index(stop) + 1] and len(cut) < len(whole)
     assert theirs[0].tolist() == [*prompt, *cut]
+    assert whole == beside
+
+
+def test_the_cache_has_a_slot_for_every_token_that_is_read(monkeypatch):
+    """A key that is dropped at the end may well leave the greedy choice as it was."""
+    slots: list[int] = []
+
+    def prefill(graphdef, params, tokens, ends, width):
+        slots.append(width)
+        raise StopIteration
+
+    monkeypatch.setattr(ours_generate, "_prefill", prefill)
+    params = cases.spread(cases.TINY, 0, FP32)
+    for length, new in ((1, 1), (3, 14), (12, 22), (17, 16), (20, 90)):
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            _generate(cases.TINY, FP32, params, [[5] * length], new)
+        # The last new token is never read; rows beyond max_seq_len use no cache.
+        assert slots.pop() >= min(length + new - 1, cases.TINY.max_seq_len)
+
+
+def test_keys_and_values_are_cached_in_the_compute_dtype():
+    """A narrower cache changes the logits, and seldom the greedy choice."""
+    config = sides.run_config(cases.TINY, FP64.compute())
+    params, tokens = cases.spread(cases.TINY, 0, FP64), np.ones((1, 16), np.int32)
+    prefill = functools.partial(ours_generate._prefill, sides.ours(config).graphdef)
+    with FP64.active():
+        logits, cache = jax.eval_shape(
+            lambda *inputs: prefill(*inputs, 16), params, tokens, np.ones(1, np.int32)
+        )
+    assert {x.dtype for x in (logits, *cache.values())} == {jnp.dtype("float64")}
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 
 from jaxllm.config import ComputeConfig
+from jaxllm.kernels.embedding import embed
 from jaxllm.model import Transformer
-from jaxllm.train import step
+from jaxllm.train import optim, step
 from parity_tests import cases, sides
 from parity_tests.cases import TINY
 from parity_tests.precision import FP32, FP64, Precision
@@ -22,20 +23,40 @@ from parity_tests.precision import FP32, FP64, Precision
 STATISTICS = ("exp", "log", "rsqrt", "sqrt", "reduce_sum", "reduce_max")
 
 
-def traced(compute: ComputeConfig) -> list:
-    """Every equation of the loss, those of inner programs included."""
+_HALF = ("bfloat16", "bfloat16")
+_WIDER, _WIDE = ("bfloat16", "float32"), ("float32", "float32")
+PRODUCTS = {
+    "fused, chunked, one-hot": {_HALF: 16, _WIDER: 3, _WIDE: 3},
+    "a CPU's, bfloat16 stream": {_HALF: 12, _WIDER: 7, _WIDE: 2},
+}
+FAST: dict[str, dict] = {
+    "plain": {},
+    "fused, chunked, one-hot": {
+        "layer": "fused", "cross_entropy": "chunked", "embedding": "one_hot",
+    },
+    "a CPU's, bfloat16 stream": {
+        "layer": "fused", "attention": "blocked", "embedding": "rows",
+        "residual_dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
+def traced(compute: ComputeConfig, *, backward: bool = False) -> list:
+    """Every equation of the loss, or of its gradient, those of inner programs too."""
     config = sides.run_config(TINY, compute, rows=2)
     graphdef, _ = nnx.split(
         nnx.eval_shape(lambda: Transformer(TINY, config.compute, rngs=nnx.Rngs(0)))
     )
     params = cases.spread(TINY, 0, FP32)
-    micro = {k: x[0] for k, x in cases.batch(0, (1, 2, 16), TINY.vocab_size).items()}
+    batch = cases.batch(0, (1, 2, 16), TINY.vocab_size)
+    micro = {k: jnp.asarray(x[0]) for k, x in batch.items()}
 
     def loss(params):
         cast = step.cast_matrices(params, config.compute)
         return step.summed_loss(graphdef, cast, micro)
 
-    return list(_equations(jax.make_jaxpr(loss)(params).jaxpr))
+    function = jax.value_and_grad(loss) if backward else loss
+    return list(_equations(jax.make_jaxpr(function)(params).jaxpr))
 
 
 def _equations(jaxpr):
@@ -57,8 +78,10 @@ def bfloat16(**changes) -> ComputeConfig:
     return FP32.compute(**(settings | changes))
 
 
-def test_statistics_are_computed_in_float32():
-    for equation in traced(bfloat16()):
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("form", FAST)
+def test_statistics_are_computed_in_float32(form, backward):
+    for equation in traced(bfloat16(**FAST[form]), backward=backward):
         if equation.primitive.name in STATISTICS:
             floats = {d for d in _dtypes(equation.invars) if "float" in d}
             assert floats <= {"float32"}, equation
@@ -73,6 +96,45 @@ def test_products_take_bfloat16_and_scores_and_logits_leave_in_float32():
     )
     halves = ("bfloat16", "bfloat16")
     assert found == {(halves, "bfloat16"): 8, (halves, "float32"): 2}
+
+
+@pytest.mark.parametrize("form", FAST)
+def test_the_embedding_is_read_in_its_own_dtype(form):
+    gathered = [
+        _dtypes(e.invars)[0] for e in traced(bfloat16(**FAST[form]))
+        if e.primitive.name == "gather" and e.invars[0].aval.shape == (97, 32)
+    ]  # fmt: skip
+    assert gathered == ["float32"]
+
+
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_fast_products_take_bfloat16_and_sums_over_the_vocabulary_stay_wide(form):
+    """Forward and backward: scores, logits, the head's and the embedding's gradient."""
+    found = Counter(
+        (_dtypes(e.invars)[0], _dtypes(e.outvars)[0])
+        for e in traced(bfloat16(**FAST[form]), backward=True)
+        if e.primitive.name == "dot_general"
+    )
+    assert found == PRODUCTS[form]
+
+
+@pytest.mark.parametrize("form", ["plain", "one_hot", "sorted", "rows"])
+def test_many_bfloat16_gradients_of_one_token_add_up(form):
+    """In bfloat16, 256 + 1 is 256."""
+    tokens = jnp.full((3, 331), 2)
+
+    def total(table):
+        h = embed(table, tokens, dtype=jnp.bfloat16, implementation=form)
+        return jnp.sum(h.astype(jnp.float32))
+
+    sums = jax.grad(total)(jnp.zeros((5, 4), jnp.float32))
+    assert np.array_equal(sums, [[0] * 4, [0] * 4, [993] * 4, [0] * 4, [0] * 4])
+
+
+def test_the_norm_of_bfloat16_gradients_is_taken_in_float32():
+    norm = optim.global_norm({"a": jnp.ones(1001, jnp.bfloat16)})
+    assert norm.dtype == jnp.float32
+    assert float(norm) == pytest.approx(1001**0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize("residual", ["float32", "bfloat16"])
@@ -94,16 +156,16 @@ def test_gradients_and_loss_leave_in_the_parameters_dtype(layer):
 
 
 def _assert_leaves(precision: Precision, compute: ComputeConfig) -> None:
-    config = sides.run_config(TINY, compute, rows=2, accumulate=2)
-    functions = sides.ours(config)
     params = cases.spread(TINY, 0, precision)
-    batch = cases.batch(0, (2, 2, 16), TINY.vocab_size)
-    with precision.active():
-        loss, grads = jax.eval_shape(
-            functions.loss_and_grads, params, batch, np.int32(0)
-        )
-    for leaf in (loss, *jax.tree.leaves(grads)):
-        assert leaf.dtype == jnp.dtype(precision.dtype)
+    for accumulate in (1, 2):
+        config = sides.run_config(TINY, compute, rows=2, accumulate=accumulate)
+        batch = cases.batch(0, (accumulate, 2, 16), TINY.vocab_size)
+        with precision.active():
+            loss, grads = jax.eval_shape(
+                sides.ours(config).loss_and_grads, params, batch, np.int32(0)
+            )
+        for leaf in (loss, *jax.tree.leaves(grads)):
+            assert leaf.dtype == jnp.dtype(precision.dtype)
 
 
 def test_the_default_on_a_gpu_is_what_the_figures_are_about():

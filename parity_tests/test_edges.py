@@ -1,6 +1,7 @@
 """Edges that no trajectory reaches: bad steps, long rows, seeds, micro-batches."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from jaxllm.kernels.attention import attention
+from jaxllm.kernels.cross_entropy import cross_entropy
 from jaxllm.train import optim, step
 from parity_tests import cases, sides
 from parity_tests.cases import TINY
-from parity_tests.precision import FP32
+from parity_tests.compare import assert_within
+from parity_tests.precision import FP32, FP64
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,62 @@ def test_rows_are_cut_into_micro_batches_in_their_order():
     rows = np.arange(6 * 5).reshape(6, 5)
     cut = step.to_device(program, {"inputs": rows}, parts=3)["inputs"]
     assert np.array_equal(cut, rows.reshape(3, 2, 5))
+
+
+def test_a_gpus_single_pass_over_the_logits_has_the_same_loss_and_gradients(
+    monkeypatch,
+):
+    rng = np.random.default_rng(2)
+    h, head = rng.standard_normal((13, 8)), 3 * rng.standard_normal((31, 8))
+    targets, mask = rng.integers(0, 31, 13), rng.random(13) < 0.7
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *x, cuda, default: cuda(*x)
+    )
+    with FP64.active():
+        mine = jax.value_and_grad(
+            functools.partial(cross_entropy, implementation="chunked", chunk=5), (0, 1)
+        )(*map(jnp.asarray, (h, head, targets, mask)))
+    a, b = (torch.tensor(x, requires_grad=True) for x in (h, head))
+    losses = torch.nn.functional.cross_entropy(
+        a @ b.T, torch.tensor(targets), reduction="none"
+    )
+    loss = (losses * torch.tensor(mask)).sum()
+    loss.backward()
+    assert a.grad is not None and b.grad is not None
+    pairs = {
+        "loss": (mine[0], loss.detach().numpy()),
+        "dh": (mine[1][0], a.grad.numpy()),
+        "dhead": (mine[1][1], b.grad.numpy()),
+    }
+    assert_within(pairs, 1e-14, "relative L2")
+
+
+def test_what_cudnn_is_asked_for_is_causal_attention_with_grouped_heads(monkeypatch):
+    rng = np.random.default_rng(4)
+    q, k, v = (rng.standard_normal((2, 9, heads, 8)) for heads in (4, 2, 2))
+    asked = []
+
+    def stand_in(*inputs, implementation, **options):
+        asked.append(implementation)
+        return dot_product_attention(*inputs, implementation="xla", **options)
+
+    dot_product_attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    with FP64.active():
+        inputs = [jnp.asarray(x) for x in (q, k, v)]
+        mine = np.asarray(attention(*inputs, implementation="cudnn"))
+        a, b, c = (torch.tensor(x).transpose(1, 2) for x in (q, k, v))
+        theirs = torch.nn.functional.scaled_dot_product_attention(
+            a, b, c, is_causal=True, enable_gqa=True
+        ).transpose(1, 2)
+        for name in ("positions_BT", "segment_ids_BT"):
+            with pytest.raises(ValueError, match="plain causal rows only"):
+                attention(
+                    *inputs, implementation="cudnn", **{name: jnp.zeros((2, 9), int)}
+                )
+    assert asked == ["cudnn"]
+    # XLA's stand-in takes its softmax in float32.
+    assert_within({"out": (mine, theirs.numpy())}, 1e-6, "relative L2")
 
 
 def test_dropout_needs_a_key_and_evaluation_has_none():
