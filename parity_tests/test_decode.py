@@ -124,8 +124,8 @@ def test_the_cache_has_a_slot_for_every_token_that_is_read(monkeypatch):
     """A key that is dropped at the end may well leave the greedy choice as it was."""
     slots: list[int] = []
 
-    def prefill(graphdef, params, tokens, ends, width):
-        slots.append(width)
+    def prefill(*inputs):
+        slots.append(inputs[-1])
         raise StopIteration
 
     monkeypatch.setattr(ours_generate, "_prefill", prefill)
@@ -141,12 +141,15 @@ def test_keys_and_values_are_cached_in_the_compute_dtype():
     """A narrower cache changes the logits, and seldom the greedy choice."""
     config = sides.run_config(cases.TINY, FP64.compute())
     params, tokens = cases.spread(cases.TINY, 0, FP64), np.ones((1, 16), np.int32)
-    prefill = functools.partial(ours_generate._prefill, sides.ours(config).graphdef)
+    graphdef = sides.ours(config).graphdef
+    prefill = functools.partial(ours_generate._prefill, graphdef)
     with FP64.active():
-        logits, cache = jax.eval_shape(
-            lambda *inputs: prefill(*inputs, 16), params, tokens, np.ones(1, np.int32)
+        params = jax.tree.map(jnp.asarray, params)
+        inputs = (params, ours_generate.unstack(graphdef, params), tokens)
+        found = jax.eval_shape(
+            lambda *inputs: prefill(*inputs, 16), *inputs, np.ones(1, np.int32)
         )
-    assert {x.dtype for x in (logits, *cache.values())} == {jnp.dtype("float64")}
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float64")}
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
