@@ -37,8 +37,8 @@ def demo() -> RunConfig:
 def k_215m() -> RunConfig:
     """python scripts/pretrain.py k-215m --data.path DIR
 
-    The seed's network (215,127,040 parameters) with our training defaults: AdamW with
-    decay on matrices, packed windows, mean over tokens. Hardware: one 80 GB GPU.
+    The lineage's network (215,127,040 parameters) with our training defaults: AdamW
+    with decay on matrices, packed windows, mean over tokens. Hardware: one 80 GB GPU.
     Wall time and loss: not measured yet.
     """
     return RunConfig(
@@ -53,7 +53,7 @@ def k_215m() -> RunConfig:
 def k_259m() -> RunConfig:
     """python scripts/pretrain.py k-259m --data.path DIR
 
-    The network of the seed's table: vocabulary 49,152, context 2,048 (259,167,232
+    The network of the lineage's table: vocabulary 49,152, context 2,048 (259,167,232
     parameters). Hardware: one 80 GB GPU. Wall time and loss: not measured yet.
     """
     return dataclasses.replace(
@@ -85,9 +85,9 @@ def _as_the_seed(config: RunConfig, *, out: str) -> RunConfig:
 def reference() -> RunConfig:
     """python scripts/pretrain.py reference --data.path DIR
 
-    The seed's run, exactly: 215,127,040 parameters, Adam without decay, learning rate
-    2e-4 to 2e-5 by a cosine over the run, no warm-up, clip 1.0, batch 32, one document
-    a row, padded to 511 inputs. 100,000 documents are 3,125 steps. The seed's log ends
+    The lineage's run, exactly: 215,127,040 parameters, Adam without decay, learning
+    rate 2e-4 to 2e-5 by a cosine over the run, no warm-up, clip 1.0, batch 32, one document
+    a row, padded to 511 inputs. 100,000 documents are 3,125 steps. Its log ends
     near loss 3.8 on its own corpus after 40 minutes on its card.
     """
     return _as_the_seed(k_215m(), out="runs/reference")
@@ -96,7 +96,7 @@ def reference() -> RunConfig:
 def reference_small() -> RunConfig:
     """python scripts/pretrain.py reference-small --data.path DIR
 
-    The seed's recipe on the demo's small network, for comparisons on a CPU.
+    The lineage's recipe on the demo's small network, for comparisons on a CPU.
     """
     small = dataclasses.replace(demo(), train=TrainConfig(eval_rows=64))
     return _as_the_seed(small, out="runs/reference-small")

@@ -12,8 +12,8 @@ from jaxllm.presets import PRESETS, preset
 
 USAGE = """Trains a model from a preset, with any field overridden by a flag.
 
-With --resume and no preset named, the configuration is that of the run in --out. With
---init-from the network is that of the weights.
+With --resume and no preset named, the configuration is that of the run in --out; with
+weights to begin from (--init-from), the network is theirs.
 
 Presets:
 """

@@ -30,7 +30,16 @@ MODEL = ModelConfig(
 def config(mesh: tuple[int, int, int], dtype="float32") -> RunConfig:
     return RunConfig(
         model=MODEL,
-        compute=ComputeConfig(param_dtype=dtype, compute_dtype=dtype),  # type: ignore[arg-type]
+        # The plain forms, whose exchanges the figures below are; fast ones on a mesh:
+        # tests/test_kernels.py.
+        compute=ComputeConfig(
+            param_dtype=dtype,
+            compute_dtype=dtype,  # type: ignore[arg-type]
+            attention="plain",
+            layer="plain",
+            embedding="plain",
+            unroll=1,
+        ),
         optim=OptimConfig(learning_rate=1e-3),
         parallel=ParallelConfig(*mesh),
         train=TrainConfig(batch_size=8, steps=STEPS),
@@ -118,10 +127,10 @@ EXCHANGED: dict[tuple[int, int, int], dict[str, tuple[int, float]]] = {
         "all-gather": (15, 44.6), "all-reduce": (21, 529.5), "all-to-all": (5, 10.3)
     },
     (2, 4, 1): {
-        "all-gather": (12, 19.7), "all-reduce": (24, 299.6), "all-to-all": (5, 10.3)
+        "all-gather": (12, 27.1), "all-reduce": (24, 299.6), "all-to-all": (5, 10.3)
     },
     (2, 2, 2): {
-        "all-gather": (13, 21.9), "all-reduce": (40, 232.6), "all-to-all": (7, 28.7),
+        "all-gather": (13, 22.7), "all-reduce": (40, 232.6), "all-to-all": (7, 28.7),
         "collective-permute": (2, 4.1),
     },
 }  # fmt: skip

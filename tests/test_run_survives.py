@@ -188,13 +188,16 @@ def test_a_hung_run_leaves_for_the_scheduler_and_loses_one_interval(
     assert happened["lost_s"] > 2
 
 
-def test_resume_on_1_then_8_then_2_devices(start, whole, tmp_path):
-    out = tmp_path / "moved"
-    end(start(out, devices=1, stop_at=15))
-    end(start(out, devices=8, stop_at=35))
-    end(start(out, devices=2))
-    moved, still = losses(out), losses(whole)
+def test_resume_on_1_then_8_then_2_devices(start, tmp_path):
+    """In float64: in float32 the other orders of summation grow to 1e-3 in 60 steps."""
+    double = {"double": 1, "steps": 24}
+    still_at, out = tmp_path / "still", tmp_path / "moved"
+    end(start(still_at, devices=1, **double))
+    end(start(out, devices=1, stop_at=8, **double))
+    end(start(out, devices=8, stop_at=16, **double))
+    end(start(out, devices=2, **double))
+    moved, still = losses(out), losses(still_at)
     assert moved.keys() == still.keys()
+    assert all(moved[s] == still[s] for s in range(9))
     worst = max(abs(moved[s] / still[s] - 1) for s in still)
-    assert all(moved[s] == still[s] for s in range(16))
-    assert 0 < worst < 1e-4, worst  # measured 2.0e-5: other orders of summation
+    assert 0 < worst < 1e-10, worst
