@@ -86,9 +86,9 @@ def reference() -> RunConfig:
     """python scripts/pretrain.py reference --data.path DIR
 
     The lineage's run, exactly: 215,127,040 parameters, Adam without decay, learning
-    rate 2e-4 to 2e-5 by a cosine over the run, no warm-up, clip 1.0, batch 32, one document
-    a row, padded to 511 inputs. 100,000 documents are 3,125 steps. Its log ends
-    near loss 3.8 on its own corpus after 40 minutes on its card.
+    rate 2e-4 to 2e-5 by a cosine over the run, no warm-up, clip 1.0, batch 32, one
+    document a row, padded to 511 inputs. 100,000 documents are 3,125 steps. Its log
+    ends near loss 3.8 on its own corpus after 40 minutes on its card.
     """
     return _as_the_seed(k_215m(), out="runs/reference")
 

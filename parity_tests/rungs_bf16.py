@@ -36,7 +36,7 @@ def compute(variant: str) -> ComputeConfig:
 def errors(
     seed: int, variants: tuple[str, ...] = tuple(VARIANTS)
 ) -> dict[str, dict[str, float]]:
-    """Relative errors of logits, loss and gradients: autocast's, then each variant's."""
+    """Relative errors of logits, loss, gradients: autocast's, then each variant's."""
     params = cases.trained(seed, FP32)
     wide = cases.trained(seed, FP32)
     batch = cases.batch(seed, (1, 4, LENGTH), SMALL.vocab_size)

@@ -152,7 +152,7 @@ def sweep(bench: Bench, name: str, side: str, variant: dict, best: dict) -> None
 
 
 def turns_alive(bench: Bench, best: dict[str, dict[str, Any]]) -> None:
-    """On a CPU: all sides stay alive, and take one block each in every round."""
+    """On a CPU: all sides stay alive, and take some steps each in every round."""
     workers: dict[str, Worker] = {}
     try:
         for name, entry in list(best.items()):
@@ -169,7 +169,9 @@ def turns_alive(bench: Bench, best: dict[str, dict[str, Any]]) -> None:
         for number in range(bench.args.rounds or 12):
             # Every other round the other way around, so that nobody is always first.
             for name in list(best) if number % 2 == 0 else list(best)[::-1]:
-                took = workers[name].ask("time", blocks=1, steps=1)
+                # One step to come back: memory and caches belonged to the others.
+                workers[name].ask("time", blocks=1, steps=1)
+                took = workers[name].ask("time", blocks=1, steps=2)
                 rounds[name].append(took["ms"][0])
                 best[name] |= {"loss": took["loss"], "peak_bytes": took["peak_bytes"]}
             summarise(bench, best, rounds)
