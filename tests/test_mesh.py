@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.compute import ComputeConfig
+from jaxllm.compute import ComputeConfig, Dtype
 from jaxllm.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from jaxllm.parallel import ParallelConfig
 from jaxllm.plan import hlo
@@ -27,14 +27,14 @@ MODEL = ModelConfig(
 )
 
 
-def config(mesh: tuple[int, int, int], dtype="float32") -> RunConfig:
+def config(mesh: tuple[int, int, int], dtype: Dtype = "float32") -> RunConfig:
     return RunConfig(
         model=MODEL,
         # The plain forms, whose exchanges the figures below are; fast ones on a mesh:
         # tests/test_kernels.py.
         compute=ComputeConfig(
             param_dtype=dtype,
-            compute_dtype=dtype,  # type: ignore[arg-type]
+            compute_dtype=dtype,
             attention="plain",
             layer="plain",
             embedding="plain",
@@ -53,7 +53,7 @@ def precision(dtype: str):
 
 
 @functools.cache
-def trained(mesh: tuple[int, int, int], dtype: str):
+def trained(mesh: tuple[int, int, int], dtype: Dtype):
     """Losses of 20 steps, the parameters after them, and the step's compiled text."""
     with precision(dtype):
         asked = config(mesh, dtype)
