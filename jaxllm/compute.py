@@ -38,6 +38,16 @@ class ComputeConfig:
     remat: Literal["none", "products", "layer"] = "none"
     """What the backward pass recomputes: nothing; all but the matrix products; whole
     layers. Later ones need less memory and more time."""
+    remat_up: int = 0
+    """With remat=products: decoder layers, from the first, whose up projection is
+    computed again too. Each saves hidden_dim values a token for that product's time."""
+    gemm: Literal["auto", "cublas", "triton"] = "auto"
+    """Matrix products on a GPU: cuBLAS alone, which adds them to the residual stream
+    in one go, or XLA's Triton kernels too, the faster of the two; auto is cublas
+    for the fused layer."""
+    logits_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the logits in training; auto is at least float32. What is done with
+    them is computed in at least float32 either way."""
     matmul_precision: Literal["default", "highest"] = "default"
     """Precision of float32 matrix products on GPU; default may use TF32 there."""
 
@@ -45,6 +55,12 @@ class ComputeConfig:
         require_choices("compute", self)
         require_int("compute.loss_chunk", self.loss_chunk, at_least=1)
         require_int("compute.unroll", self.unroll, at_least=0)
+        require_int("compute.remat_up", self.remat_up, at_least=0)
+        if self.remat_up and self.remat != "products":
+            raise ValueError(
+                f"compute.remat_up={self.remat_up} needs compute.remat=products, "
+                f"and it is {self.remat}"
+            )
 
     def resolve(
         self,
@@ -71,8 +87,12 @@ class ComputeConfig:
         if ampere and half:
             attention = "cudnn"
         fused = (ampere and compute == "bfloat16") or (cpu and not half)
-        layer = "fused" if fused else "plain"
+        layer = self.layer
+        if layer == "auto":
+            layer = "fused" if fused else "plain"
         loss = "chunked" if platform == "gpu" else "plain"
+        logits = "float64" if compute == "float64" else "float32"
+        gemm = "cublas" if layer == "fused" else "triton"
         embedding = "plain"
         if platform == "gpu":
             embedding = "one_hot" if vocab_size <= 8192 else "sorted"
@@ -81,8 +101,10 @@ class ComputeConfig:
             compute_dtype=compute,
             residual_dtype=residual,
             attention=attention if self.attention == "auto" else self.attention,
-            layer=layer if self.layer == "auto" else self.layer,
+            layer=layer,
             embedding=embedding if self.embedding == "auto" else self.embedding,
+            gemm=gemm if self.gemm == "auto" else self.gemm,
+            logits_dtype=logits if self.logits_dtype == "auto" else self.logits_dtype,
             cross_entropy=loss if self.cross_entropy == "auto" else self.cross_entropy,
             unroll=self.unroll or (1 if cpu and n_layers > 8 else n_layers),
         )

@@ -21,6 +21,7 @@ from jaxllm.kernels.attention import attention
 from jaxllm.kernels.cross_entropy import logits
 from jaxllm.kernels.embedding import embed
 from jaxllm.kernels.layer import fused_layer
+from jaxllm.kernels.remat import scan_layers
 
 Cache = dict[str, jax.Array]
 
@@ -158,12 +159,14 @@ class DecoderLayer(nnx.Module):
         self.ffn_norm = norm()
 
     def __call__(
-        self, h_BTD, freqs_cos, freqs_sin, *, dropout_key=None, **attention_inputs
-    ) -> tuple[jax.Array, Cache | None]:
+        self, h_BTD, freqs_cos, freqs_sin, *, dropout_key=None, keep_up=True,
+        **attention_inputs,
+    ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
         """Returns the residual stream after the layer, and the layer's cache."""
         plain_rows = all(x is None for x in attention_inputs.values())
         if self.compute.layer == "fused" and plain_rows and dropout_key is None:
-            return fused_layer(self, h_BTD, freqs_cos, freqs_sin), None
+            h_BTD = fused_layer(self, h_BTD, freqs_cos, freqs_sin, keep_up=keep_up)
+            return h_BTD, None
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         out_BTD, cache = self.attention(
             self.attention_norm(h_BTD), freqs_cos, freqs_sin, **attention_inputs
@@ -236,19 +239,17 @@ class Transformer(nnx.Module):
             h_BTD = _dropout(h_BTD, self.config.dropout, first)
             keys = jax.random.split(rest, n_layers)
 
-        def body(h_BTD, inputs):
+        def body(h_BTD, inputs, *, keep_up=True):
             layer, key, layer_cache = inputs
             return layer(
                 h_BTD, freqs_cos, freqs_sin, dropout_key=key, cache=layer_cache,
-                segment_ids_BT=segment_ids_BT,
+                segment_ids_BT=segment_ids_BT, keep_up=keep_up,
                 positions_BT=None if cache is None else positions_BT,
             )  # fmt: skip
 
-        body = _rematerialised(body, self.compute)
         if cache is None:
-            h_BTD, grown = jax.lax.scan(
-                body, h_BTD, (self.layers, keys, None), unroll=self.compute.unroll or 1
-            )
+            h_BTD = scan_layers(body, h_BTD, (self.layers, keys, None), self.compute)
+            grown = None
         else:
             assert layers is not None and keys is None
             layerdef, grown = nnx.split(self.layers)[0], []
@@ -301,17 +302,3 @@ def _dropout(x, rate, key):
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
-
-
-def _rematerialised(body, compute: ComputeConfig):
-    # The fused layer chooses by itself what to keep of a layer.
-    if compute.remat == "none" or (
-        compute.remat == "products" and compute.layer == "fused"
-    ):
-        return body
-    # Unrolled, XLA would merge the recomputation with the original and undo it.
-    prevent_cse = compute.unroll > 1
-    if compute.remat == "layer":
-        return jax.checkpoint(body, prevent_cse=prevent_cse)
-    policy = jax.checkpoint_policies.save_only_these_names("q", "k", "v", "gate", "up")
-    return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)

@@ -42,6 +42,7 @@ ENTRY %main (a: f32[18,1024], b: bf16[64,32], c: bf16[32,16], i: s32[]) -> f32[1
   %new = f32[18,1024]{1,0} fusion(%a, %row, %i), kind=kLoop, calls=%writes
   %mm = bf16[64,16]{1,0} fusion(%b, %c), kind=kCustom, calls=%gemm_fusion
   %fa = (bf16[64,16]{1,0}, u8[0]{0}) custom-call(%mm), custom_call_target="__cudnn$fmhaSoftmax"
+  %lt = (bf16[64,16]{1,0}, s8[4096]{0}) custom-call(%b, %c, %mm), custom_call_target="__cublas$lt$matmul"
   %cp = f32[18,1024]{0,1} copy(%new)
   %ar = f32[18,1024]{1,0} all-reduce-start(%new), to_apply=%slices
   %loop = (s32[], f32[100]{0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"16"}}
@@ -52,7 +53,7 @@ ENTRY %main (a: f32[18,1024], b: bf16[64,32], c: bf16[32,16], i: s32[]) -> f32[1
 
 def test_kernels_are_counted_by_what_they_touch():
     kernels = {k.name: k for k in hlo.Program(HLO).kernels()}
-    assert set(kernels) == {"row", "new", "mm", "fa", "cp", "ar", "y"}
+    assert set(kernels) == {"row", "new", "mm", "fa", "lt", "cp", "ar", "y"}
     row = 1024 * 4
     # A fusion that slices, even behind an elementwise operation, reads a slice.
     assert (kernels["row"].read, kernels["row"].written) == (row, row)
@@ -60,8 +61,10 @@ def test_kernels_are_counted_by_what_they_touch():
     # One that updates in place writes the update, and reads it (and an index).
     assert (kernels["new"].read, kernels["new"].written) == (row + 4, row)
     assert kernels["mm"].moved == 2 * (64 * 32 + 32 * 16 + 64 * 16)
-    assert [kernels[n].kind for n in ("mm", "fa", "cp", "ar", "row")] == [
-        "matmul", "attention", "copy", "collective", "elementwise",
+    # The scratch space beside a product is no traffic.
+    assert kernels["lt"].written == 2 * 64 * 16
+    assert [kernels[n].kind for n in ("mm", "lt", "fa", "cp", "ar", "row")] == [
+        "matmul", "matmul", "attention", "copy", "collective", "elementwise",
     ]  # fmt: skip
     assert kernels["ar"].overlaps
 

@@ -26,50 +26,56 @@ def cross_entropy(
     *,
     implementation: str = "plain",
     chunk: int = 4096,
+    dtype: str | None = None,
 ) -> jax.Array:
     """Sums the negative log-likelihood of the targets, in nats, over unmasked tokens.
 
     The logits h_MD @ head_VD.T take operands of h_MD's dtype and are accumulated,
-    like the log-sum-exp and the sum, in at least float32, which the result has.
+    like the log-sum-exp and the sum, in at least float32, which the result has. They
+    are rounded to `dtype` if it is given, and their gradient to h_MD's dtype.
     `head_VD` may be wider than h_MD: it is cast here, and its gradient keeps its dtype.
     """
     if implementation == "plain":
-        return _plain(h_MD, head_VD, targets_M, loss_mask_M)
+        return _plain(h_MD, head_VD, targets_M, loss_mask_M, dtype)
     assert implementation == "chunked", implementation
-    return _chunked(chunk, h_MD, head_VD, targets_M, loss_mask_M)
+    return _chunked((chunk, dtype), h_MD, head_VD, targets_M, loss_mask_M)
 
 
-def logits(h_D: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """Scores every token: (..., D) and (V, D) to (..., V) in at least float32."""
-    return jnp.einsum(
+def logits(h_D: jax.Array, head_VD: jax.Array, dtype: str | None = None) -> jax.Array:
+    """Scores every token: (..., D) and (V, D) to (..., V) in at least float32, having
+    been rounded to `dtype` if it is given."""
+    stat = _stat(h_D.dtype)
+    scores = jnp.einsum(
         "...D,VD->...V",
         h_D,
         head_VD.astype(h_D.dtype),
-        preferred_element_type=_stat(h_D.dtype),
+        preferred_element_type=jnp.dtype(dtype or stat),
     )
+    return scores.astype(stat)
 
 
-def _plain(h_MD, head_VD, targets_M, loss_mask_M):
-    logits_MV = logits(h_MD, head_VD)
+def _plain(h_MD, head_VD, targets_M, loss_mask_M, dtype):
+    logits_MV = logits(h_MD, head_VD, dtype)
     lse_M = jax.nn.logsumexp(logits_MV, axis=-1)
     picked_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
     return jnp.sum((lse_M - picked_M) * loss_mask_M.astype(logits_MV.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(chunk, h_MD, head_VD, targets_M, loss_mask_M):
-    """The loss alone: what runs where no gradient is asked for."""
-    return _over_devices(_loss_only, chunk, h_MD, head_VD, targets_M, loss_mask_M)
+def _chunked(how, h_MD, head_VD, targets_M, loss_mask_M):
+    """The loss alone: what runs where no gradient is asked for. `how` is the length of
+    a chunk, and the dtype of the logits or None."""
+    return _over_devices(_loss_only, how, h_MD, head_VD, targets_M, loss_mask_M)
 
 
-def _chunked_fwd(chunk, h_MD, head_VD, targets_M, loss_mask_M):
+def _chunked_fwd(how, h_MD, head_VD, targets_M, loss_mask_M):
     loss, dh_MD, dhead_VD = _over_devices(
-        _loss_and_grads, chunk, h_MD, head_VD, targets_M, loss_mask_M
+        _loss_and_grads, how, h_MD, head_VD, targets_M, loss_mask_M
     )
     return loss, (dh_MD, dhead_VD.astype(head_VD.dtype), targets_M, loss_mask_M)
 
 
-def _chunked_bwd(chunk, residuals, dloss):
+def _chunked_bwd(how, residuals, dloss):
     dh_MD, dhead_VD, targets_M, loss_mask_M = residuals
     return (
         dh_MD * dloss.astype(dh_MD.dtype),
@@ -82,7 +88,7 @@ def _chunked_bwd(chunk, residuals, dloss):
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-def _over_devices(f, chunk, h_MD, *inputs):
+def _over_devices(f, how, h_MD, *inputs):
     """Gives every device its share of the tokens, over all axes of the mesh.
 
     A loop over chunks of the whole batch would put each chunk on one device. Also the
@@ -91,57 +97,81 @@ def _over_devices(f, chunk, h_MD, *inputs):
     """
     names = axes()
     if not names or h_MD.shape[0] % size():
-        return f(chunk, (), h_MD, *inputs)
+        return f(how, (), h_MD, *inputs)
     tokens = P(names)
     outputs = (P(), tokens, P()) if f is _loss_and_grads else P()
     return per_device(
-        functools.partial(f, chunk, names),
+        functools.partial(f, how, names),
         in_specs=(tokens, P(), tokens, tokens),
         out_specs=outputs,
     )(h_MD, *inputs)
 
 
-def _loss_only(chunk, names, h_MD, head_VD, targets_M, loss_mask_M):
+def _loss_only(how, names, h_MD, head_VD, targets_M, loss_mask_M):
     head_VD = head_VD.astype(h_MD.dtype)
+    loss = jnp.zeros((), _stat(h_MD.dtype))
 
-    def body(loss, chunk_inputs):
-        h_CD, targets_C, loss_mask_C = chunk_inputs
-        return loss + _scores(h_CD, head_VD, targets_C, loss_mask_C)[0], None
+    def add(loss, h_CD, targets_C, loss_mask_C):
+        scores_CV = logits(h_CD, head_VD, how[1])
+        return loss + _scores(scores_CV, targets_C, loss_mask_C)[0]
 
-    zero = jnp.zeros((), _stat(h_MD.dtype))
-    loss = _fold(body, zero, chunk, (h_MD, targets_M, loss_mask_M))[0]
+    def body(loss, inputs):
+        return add(loss, *inputs), None
+
+    chunks, rest = _cut(how[0], (h_MD, targets_M, loss_mask_M))
+    if chunks is not None:
+        loss, _ = jax.lax.scan(body, loss, chunks)
+    if rest is not None:
+        loss = add(loss, *rest)
     return jax.lax.psum(loss, names) if names else loss
 
 
-def _loss_and_grads(chunk, names, h_MD, head_VD, targets_M, loss_mask_M):
+def _loss_and_grads(how, names, h_MD, head_VD, targets_M, loss_mask_M):
+    """The loss and both gradients; that of h_MD takes its place, chunk by chunk."""
     stat = _stat(h_MD.dtype)
     head_VD = head_VD.astype(h_MD.dtype)
 
-    def body(carry, chunk_inputs):
-        loss, dhead_VD = carry
-        h_CD, targets_C, loss_mask_C = chunk_inputs
-        more, dlogits_CV = _scores(h_CD, head_VD, targets_C, loss_mask_C)
+    def add(loss, dhead_VD, h_CD, targets_C, loss_mask_C):
+        scores_CV = logits(h_CD, head_VD, how[1])
+        more, dlogits_CV = _scores(scores_CV, targets_C, loss_mask_C)
         dlogits_CV = dlogits_CV.astype(h_CD.dtype)
         dh_CD = jnp.einsum("CV,VD->CD", dlogits_CV, head_VD)
         dhead_VD = dhead_VD + jnp.einsum(
             "CV,CD->VD", dlogits_CV, h_CD, preferred_element_type=stat
         )
-        return (loss + more, dhead_VD), dh_CD
+        return loss + more, dhead_VD, dh_CD
 
-    zero = (jnp.zeros((), stat), jnp.zeros(head_VD.shape, stat))
-    (loss, dhead_VD), dh_MD = _fold(body, zero, chunk, (h_MD, targets_M, loss_mask_M))
+    def body(carry, inputs):
+        loss, dhead_VD, h_MD = carry
+        index, targets_C, loss_mask_C = inputs
+        start = index * how[0]
+        h_CD = jax.lax.dynamic_slice_in_dim(h_MD, start, how[0])
+        loss, dhead_VD, dh_CD = add(loss, dhead_VD, h_CD, targets_C, loss_mask_C)
+        return (loss, dhead_VD, _put(h_MD, dh_CD, start)), None
+
+    loss, dhead_VD = jnp.zeros((), stat), jnp.zeros(head_VD.shape, stat)
+    chunks, rest = _cut(how[0], (targets_M, loss_mask_M))
+    whole = 0
+    if chunks is not None:
+        n = chunks[0].shape[0]
+        whole = n * how[0]
+        carry = (loss, dhead_VD, h_MD)
+        carry, _ = jax.lax.scan(body, carry, (jnp.arange(n), *chunks))
+        loss, dhead_VD, h_MD = carry
+    if rest is not None:
+        loss, dhead_VD, dh_CD = add(loss, dhead_VD, h_MD[whole:], *rest)
+        h_MD = _put(h_MD, dh_CD, whole)
     if names:
         loss, dhead_VD = jax.lax.psum((loss, dhead_VD), names)
-    return loss, dh_MD, dhead_VD
+    return loss, h_MD, dhead_VD
 
 
-def _scores(h_CD, head_VD, targets_C, loss_mask_C):
+def _scores(logits_CV, targets_C, loss_mask_C):
     """The summed loss of a chunk, and its gradient with respect to the logits.
 
     The target's logit is picked, and its 1 subtracted, by comparison with an iota: a
     gather or scatter would stand between two passes over logits_CV that XLA else fuses.
     """
-    logits_CV = logits(h_CD, head_VD)
     mask_C = loss_mask_C.astype(logits_CV.dtype)
     ids_CV = jax.lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1)
     is_target_CV = ids_CV == targets_C[:, None]
@@ -181,27 +211,17 @@ def _statistics(logits_CV, is_target_CV):
     )
 
 
-def _fold(body, carry, chunk, inputs):
-    """Scans `body` over chunks of the leading axis, and then over the shorter rest."""
+def _cut(chunk, inputs):
+    """Cuts the leading axis into whole chunks, stacked, and a shorter rest; or None."""
     m = inputs[0].shape[0]
     whole = m // chunk * chunk
-    outputs = []
-    if whole:
-        chunks = jax.tree.map(
-            lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), inputs
-        )
-        carry, output = jax.lax.scan(body, carry, chunks)
-        outputs.append(_joined(output))
-    if m > whole:
-        carry, output = body(carry, jax.tree.map(lambda x: x[whole:], inputs))
-        outputs.append(output)
-    if outputs[0] is None:
-        return carry, None
-    return carry, outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
+    chunks = tuple(x[:whole].reshape(-1, chunk, *x.shape[1:]) for x in inputs)
+    rest = tuple(x[whole:] for x in inputs)
+    return chunks if whole else None, rest if m > whole else None
 
 
-def _joined(output):
-    return output if output is None else output.reshape(-1, *output.shape[2:])
+def _put(x, part, start):
+    return jax.lax.dynamic_update_slice_in_dim(x, part, start, 0)
 
 
 def _no_gradient(x):

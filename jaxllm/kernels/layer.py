@@ -10,11 +10,14 @@ activations, so this form
   normed activations are never written, and the norm weight's gradient is a sum over
   the matrix instead of over the tokens;
 - multiplies q, k and v in one product, and, where act is kept, gate and up in another;
+- adds products to the stream, and to its gradient, in one call with the product, where
+  the library can: the stream is a matrix (M, D) here for that;
 - keeps x, q, k, v, the attention's output, x again, gate and up, and recomputes the
   elementwise rest in the backward pass, never a product and never attention. One
-  array of that rest may be kept too, for 97 KiB a token more memory and less traffic.
+  array of that rest may be kept too, for 97 KiB a token more memory and less traffic;
+  or up dropped, for a product more.
 
-B batch, T time, D dim, N query heads, K key/value heads, G = N / K, H head dim,
+B batch, T time, M = B T tokens, D dim, E = N H, N query heads, K key/value heads, G = N / K, H head dim,
 F feed-forward dim, J = K (G + 2) H the joined width of q, k and v, C = 2: gate, up.
 """
 
@@ -48,9 +51,13 @@ class Static(NamedTuple):
     attention: str
     keep_act: bool = False
     """Keep act = silu(gate) * up for the backward pass instead of recomputing it."""
+    keep_up: bool = True
+    """Keep up, or multiply by its matrix once more; act is then not kept either."""
 
 
-def fused_layer(layer: Any, h_BTD, freqs_cos, freqs_sin) -> jax.Array:
+def fused_layer(
+    layer: Any, h_BTD, freqs_cos, freqs_sin, *, keep_up: bool = True
+) -> jax.Array:
     """Runs a model.DecoderLayer in its fast form; returns h_BTD in its dtype.
 
     For rows without cache, segments and dropout; tables are (B or 1, T, R).
@@ -62,6 +69,7 @@ def fused_layer(layer: Any, h_BTD, freqs_cos, freqs_sin) -> jax.Array:
         config.norm_eps,
         compute.attention,
         keep_act=compute.remat == "none",
+        keep_up=keep_up or compute.remat == "none",
     )
     weights = fold(
         layer, config.n_kv_heads, compute.compute_dtype, join=static.keep_act
@@ -110,124 +118,159 @@ def decoder_layer(
 
 def _forward(static, h_BTD, weights, freqs_cos, freqs_sin):
     dtype = weights.qkv_DJ.dtype
-    x_BTD = _narrow(h_BTD, dtype)
-    rstd_BT = _rstd(h_BTD, static.eps)
-    q, k, v = _split(static, x_BTD @ weights.qkv_DJ, rstd_BT, freqs_cos, freqs_sin)
+    b, t, d = h_BTD.shape
+    h_MD = h_BTD.reshape(-1, d)
+    x_MD = _narrow(h_MD, dtype)
+    rstd_M = _rstd(h_MD, static.eps)
+    qkv_BTJ = (x_MD @ weights.qkv_DJ).reshape(b, t, -1)
+    q, k, v = _split(static, qkv_BTJ, rstd_M.reshape(b, t), freqs_cos, freqs_sin)
     out_BTNH, attention_vjp = jax.vjp(
         functools.partial(attention, implementation=static.attention), q, k, v
     )
-    out_BTE = out_BTNH.reshape(*out_BTNH.shape[:2], -1)
-    h_BTD = h_BTD + (out_BTE @ weights.out_D).astype(h_BTD.dtype)
+    out_ME = out_BTNH.reshape(b * t, -1)
+    h_MD = _add_product(h_MD, "ME,ED->MD", out_ME, weights.out_D)
 
-    x_mid_BTD = _narrow(h_BTD, dtype)
-    rstd_mid_BT = _rstd(h_BTD, static.eps)
-    gate_up = _gate_up(x_mid_BTD, weights.gate_up)
-    act_BTF = _swiglu(gate_up, rstd_mid_BT)
-    h_BTD = h_BTD + (act_BTF @ weights.down_FD).astype(h_BTD.dtype)
+    x_mid_MD = _narrow(h_MD, dtype)
+    rstd_mid_M = _rstd(h_MD, static.eps)
+    gate_up = _gate_up(x_mid_MD, weights.gate_up)
+    act_MF = _swiglu(gate_up, rstd_mid_M)
+    h_MD = _add_product(h_MD, "MF,FD->MD", act_MF, weights.down_FD)
 
-    attention_residuals = (x_BTD, rstd_BT, attention_vjp, out_BTE)
-    kept = act_BTF if static.keep_act else None
-    mlp_residuals = (x_mid_BTD, rstd_mid_BT, gate_up, kept)
-    return h_BTD, (attention_residuals, mlp_residuals, weights, freqs_cos, freqs_sin)
+    attention_residuals = (x_MD, rstd_M, attention_vjp, out_ME)
+    kept = act_MF if static.keep_act else None
+    if not static.keep_up:
+        gate_up = (gate_up[0], None)
+    mlp_residuals = (x_mid_MD, rstd_mid_M, gate_up, kept)
+    residuals = (attention_residuals, mlp_residuals, weights, freqs_cos, freqs_sin)
+    return h_MD.reshape(b, t, d), residuals
 
 
 def _backward(static, residuals, dh_BTD):
     attention_residuals, mlp_residuals, weights, freqs_cos, freqs_sin = residuals
     dtype = weights.qkv_DJ.dtype
+    b, t, d = dh_BTD.shape
+    dh_MD = dh_BTD.reshape(-1, d)
 
     # h + down(act), act = silu(gate r) * (up r), where r is the norm's factor.
-    x_BTD, rstd_BT, gate_up, kept = mlp_residuals
-    dy_BTD = dh_BTD.astype(dtype)
-    dact_BTF = _times_transposed(dy_BTD, weights.down_FD)
+    x_MD, rstd_M, gate_up, kept = mlp_residuals
+    dy_MD = dh_MD.astype(dtype)
+    dact_MF = _times_transposed(dy_MD, weights.down_FD)
     # Behind the barrier XLA cannot take the forward's activations for those it
     # recomputes here: keeping them costs 97 KiB a token in a 215M model.
-    dact_BTF, gate_up = jax.lax.optimization_barrier((dact_BTF, gate_up))
-    act_BTF, swiglu_vjp = jax.vjp(_swiglu, gate_up, rstd_BT)
-    act_BTF = act_BTF if kept is None else kept
-    dgate_up, drstd_BT = swiglu_vjp(dact_BTF)
+    dact_MF, gate_up = jax.lax.optimization_barrier((dact_MF, gate_up))
+    if not static.keep_up:
+        gate_up = (gate_up[0], _up_again(dact_MF, x_MD, weights.gate_up[1]))
+    act_MF, swiglu_vjp = jax.vjp(_swiglu, gate_up, rstd_M)
+    act_MF = act_MF if kept is None else kept
+    dgate_up, drstd_M = swiglu_vjp(dact_MF)
     # The narrower factor is the one that a CPU copies transposed.
-    ddown_FD = _outer(dy_BTD, act_BTF).T
-    dx_BTD, dgate_up = _gate_up_backward(x_BTD, weights.gate_up, dgate_up)
-    dh_BTD = _add_norm_gradient(dh_BTD, dx_BTD, x_BTD, rstd_BT, drstd_BT)
+    ddown_FD = _outer(dy_MD, act_MF).T
+    dh_MD, dgate_up = _gate_up_backward(dh_MD, x_MD, weights.gate_up, dgate_up)
+    dh_MD = _add_norm_gradient(dh_MD, x_MD, rstd_M, drstd_M)
 
     # h + out(attention(rotate(x qkv r))). The factor's gradient is taken from
     # dx . x = d(x qkv) . (x qkv), which spares reading q, k and v again.
-    x_BTD, rstd_BT, attention_vjp, out_BTE = attention_residuals
-    dy_BTD = dh_BTD.astype(dtype)
-    dout_BTE = _times_transposed(dy_BTD, weights.out_D)
-    dout_D = _outer(out_BTE, dy_BTD)
-    dout_BTNH = dout_BTE.reshape(*dout_BTE.shape[:2], static.n_heads, -1)
-    dqkv_BTJ = _join(static, attention_vjp(dout_BTNH), rstd_BT, freqs_cos, freqs_sin)
-    dqkv_DJ = _outer(x_BTD, dqkv_BTJ)
-    dx_BTD = _times_transposed(dqkv_BTJ, weights.qkv_DJ)
-    stat = rstd_BT.dtype
-    along_BT = jnp.sum(dx_BTD.astype(stat) * x_BTD.astype(stat), axis=-1)
-    dh_BTD = _add_norm_gradient(dh_BTD, dx_BTD, x_BTD, rstd_BT, along_BT / rstd_BT)
+    x_MD, rstd_M, attention_vjp, out_ME = attention_residuals
+    dy_MD = dh_MD.astype(dtype)
+    dout_ME = _times_transposed(dy_MD, weights.out_D)
+    dout_D = _outer(out_ME, dy_MD)
+    dout_BTNH = dout_ME.reshape(b, t, static.n_heads, -1)
+    dqkv_BTJ = _join(
+        static, attention_vjp(dout_BTNH), rstd_M.reshape(b, t), freqs_cos, freqs_sin
+    )
+    dqkv_MJ = dqkv_BTJ.reshape(b * t, -1)
+    dqkv_DJ = _outer(x_MD, dqkv_MJ)
+    dx_MD = _times_transposed(dqkv_MJ, weights.qkv_DJ)
+    stat = rstd_M.dtype
+    along_M = jnp.sum(dx_MD.astype(stat) * x_MD.astype(stat), axis=-1)
+    dh_MD = _add_norm_gradient(dh_MD, x_MD, rstd_M, along_M / rstd_M, dx_MD)
     dweights = Weights(dqkv_DJ, dout_D, dgate_up, ddown_FD)
-    return dh_BTD, dweights, jnp.zeros_like(freqs_cos), jnp.zeros_like(freqs_sin)
+    return (
+        dh_MD.reshape(b, t, d),
+        dweights,
+        jnp.zeros_like(freqs_cos),
+        jnp.zeros_like(freqs_sin),
+    )
 
 
 decoder_layer.defvjp(_forward, _backward)
 
 
-def _narrow(h_BTD, dtype):
+def _narrow(h_MD, dtype):
     """Casts the stream to the products' dtype, for good.
 
     Without the barrier XLA keeps a float32 stream for the backward pass and casts it
     again: 102 KiB a token more memory in a 215M model, and 142 more moved.
     """
-    if h_BTD.dtype == dtype:
-        return h_BTD
-    return jax.lax.optimization_barrier(h_BTD.astype(dtype))
+    if h_MD.dtype == dtype:
+        return h_MD
+    return jax.lax.optimization_barrier(h_MD.astype(dtype))
 
 
-def _rstd(h_BTD, eps):
+def _rstd(h_MD, eps):
     """One over the root mean square of each token, in at least float32."""
-    h = h_BTD.astype(_stat(h_BTD.dtype))
+    h = h_MD.astype(_stat(h_MD.dtype))
     return jax.lax.rsqrt(jnp.mean(h * h, axis=-1) + eps)
 
 
-def _add_norm_gradient(dh_BTD, dx_BTD, x_BTD, rstd_BT, drstd_BT):
-    """Adds to the stream's gradient what comes back through x and through rstd."""
-    stat = rstd_BT.dtype
-    slope_BT = -drstd_BT * rstd_BT**3 / x_BTD.shape[-1]
-    total = dh_BTD.astype(stat) + dx_BTD.astype(stat)
-    total = total + slope_BT[..., None] * x_BTD.astype(stat)
-    if dh_BTD.dtype == stat:
+def _add_product(h_MD, spec, x, weight):
+    """h plus einsum(spec, x, weight), in h's dtype.
+
+    For cuBLASLt that is one call, which adds before it rounds, as long as h is the very
+    array: a reshape in between, and XLA copies h first.
+    """
+    return jnp.einsum(spec, x, weight, preferred_element_type=h_MD.dtype) + h_MD
+
+
+def _add_norm_gradient(dh_MD, x_MD, rstd_M, drstd_M, dx_MD=None):
+    """Adds to the stream's gradient what comes back through rstd, and dx."""
+    stat = rstd_M.dtype
+    slope_M = -drstd_M * rstd_M**3 / x_MD.shape[-1]
+    total = dh_MD.astype(stat)
+    if dx_MD is not None:
+        total = total + dx_MD.astype(stat)
+    total = total + slope_M[..., None] * x_MD.astype(stat)
+    if dh_MD.dtype == stat:
         return total
     # Without the barrier XLA keeps a second, float32 copy of a bfloat16 gradient for
     # the next sum of this chain: 216 KiB a token in a 215M model.
-    return jax.lax.optimization_barrier(total.astype(dh_BTD.dtype))
+    return jax.lax.optimization_barrier(total.astype(dh_MD.dtype))
 
 
-def _gate_up(x_BTD, gate_up):
-    """gate and up, before the norm's factor: (B, T, C, F), or (B, T, F) of each."""
+def _gate_up(x_MD, gate_up):
+    """gate and up, before the norm's factor: (M, C, F), or (M, F) of each."""
     if isinstance(gate_up, tuple):
-        return tuple(x_BTD @ weight_DF for weight_DF in gate_up)
-    return jnp.einsum("BTD,DCF->BTCF", x_BTD, gate_up)
+        return tuple(x_MD @ weight_DF for weight_DF in gate_up)
+    return jnp.einsum("MD,DCF->MCF", x_MD, gate_up)
 
 
-def _gate_up_backward(x_BTD, gate_up, dgate_up):
-    """The gradients of x_BTD and of the matrices."""
+def _up_again(dact_MF, x_MD, up_DF):
+    """up once more, not before dact is there."""
+    _, x_MD = jax.lax.optimization_barrier((dact_MF, x_MD))
+    return x_MD @ up_DF
+
+
+def _gate_up_backward(dh_MD, x_MD, gate_up, dgate_up):
+    """Adds the gradient of x_MD to dh_MD; returns it and that of the matrices."""
     if isinstance(gate_up, tuple):
-        gate_DF, up_DF = gate_up
-        dgate_BTF, dup_BTF = dgate_up
-        dx_BTD = _times_transposed(dgate_BTF, gate_DF)
-        dx_BTD = dx_BTD + _times_transposed(dup_BTF, up_DF)
-        return dx_BTD, (_outer(x_BTD, dgate_BTF), _outer(x_BTD, dup_BTF))
-    dx_BTD = jnp.einsum("BTCF,DCF->BTD", dgate_up, gate_up)
-    return dx_BTD, jnp.einsum("BTD,BTCF->DCF", x_BTD, dgate_up)
+        dweights = []
+        for weight_DF, dy_MF in zip(gate_up, dgate_up, strict=True):
+            dh_MD = _add_product(dh_MD, "MF,DF->MD", dy_MF, weight_DF)
+            dweights.append(_outer(x_MD, dy_MF))
+        return dh_MD, tuple(dweights)
+    dh_MD = _add_product(dh_MD, "MCF,DCF->MD", dgate_up, gate_up)
+    return dh_MD, jnp.einsum("MD,MCF->DCF", x_MD, dgate_up)
 
 
-def _swiglu(gate_up, rstd_BT):
+def _swiglu(gate_up, rstd_M):
     """silu(gate) * up, each times the norm's factor."""
     if isinstance(gate_up, tuple):
-        gate, up = (x.astype(rstd_BT.dtype) * rstd_BT[..., None] for x in gate_up)
+        gate, up = (x.astype(rstd_M.dtype) * rstd_M[..., None] for x in gate_up)
         return (jax.nn.silu(gate) * up).astype(gate_up[0].dtype)
     # The factor before the cut: the other way around, XLA makes three kernels of the
     # gradient, and moves 278 KiB a token more in a 215M model.
-    both = gate_up.astype(rstd_BT.dtype) * rstd_BT[..., None, None]
-    return (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]).astype(gate_up.dtype)
+    both = gate_up.astype(rstd_M.dtype) * rstd_M[..., None, None]
+    return (jax.nn.silu(both[:, 0]) * both[:, 1]).astype(gate_up.dtype)
 
 
 def _split(static, qkv_BTJ, rstd_BT, freqs_cos, freqs_sin):
@@ -265,12 +308,12 @@ def _rotate(x_BTNH, freqs_cos, freqs_sin):
 
 
 def _times_transposed(dy, weight):
-    return jnp.einsum("BTF,DF->BTD", dy, weight)
+    return jnp.einsum("MF,DF->MD", dy, weight)
 
 
 def _outer(x, dy):
     """A matrix's gradient: the sum over tokens of x times dy."""
-    return jnp.einsum("BTD,BTF->DF", x, dy)
+    return jnp.einsum("MD,MF->DF", x, dy)
 
 
 def _stat(dtype):

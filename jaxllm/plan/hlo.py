@@ -2,7 +2,8 @@
 
 Bytes are what a kernel must read and write in device memory: of an operand that it only
 slices or gathers from, the part it takes; of one that it updates in place, the part it
-writes. Caches are not modelled. A loop's body counts as often as it runs.
+writes; of a product, not the scratch space that cuBLAS is lent. Caches are not
+modelled. A loop's body counts as often as it runs.
 """
 
 import re
@@ -220,6 +221,8 @@ class Program:
         elif op == "dynamic-update-slice":
             read = written = sizes[1]
         kind = self._kind(instruction, called)
+        if kind == "matmul":
+            written -= sum(map(size, re.findall(r"s8\[\d+\]", instruction.type)))
         return Kernel(
             name=instruction.name,
             kind=kind,
