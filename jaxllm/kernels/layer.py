@@ -17,8 +17,9 @@ activations, so this form
   array of that rest may be kept too, for 97 KiB a token more memory and less traffic;
   or up dropped, for a product more.
 
-B batch, T time, M = B T tokens, D dim, E = N H, N query heads, K key/value heads, G = N / K, H head dim,
-F feed-forward dim, J = K (G + 2) H the joined width of q, k and v, C = 2: gate, up.
+B batch, T time, M = B T tokens, D dim, E = N H, N query heads, K key/value heads,
+G = N / K, H head dim, F feed-forward dim, J = K (G + 2) H the joined width of q, k and
+v, C = 2: gate, up.
 """
 
 import functools
