@@ -258,7 +258,8 @@ class RunConfig:
     """Go on with the run in `out`; an error if there is none. Without it an unfinished
     run with the same configuration is continued all the same."""
     fresh: bool = False
-    """Set aside whatever run is in `out` and start at step 0."""
+    """Set aside whatever run is in `out` and start at step 0; again each time it is
+    given, so not for a command that a scheduler repeats."""
     deterministic: bool = False
     """On a GPU, use only kernels that always add in the same order, and in each start
     those of the first: a resumed run is then the same bit for bit, as on a CPU."""

@@ -38,7 +38,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # where nobody listens the code still counts
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(getattr(error, "exit_code", 2))  # 74: checkpoints cannot be saved
     except KeyboardInterrupt:
         sys.exit(130)

@@ -43,7 +43,7 @@ def parse(argv: list[str]) -> RunConfig:
         from jaxllm.train.run_folder import RunFolder
 
         folder = RunFolder(_flag(argv, "--out") or base.out)
-        if folder.config.exists():
+        if folder.config.exists() or folder.has_checkpoint():
             base = replace(folder.load_config(), out=str(folder.path))
     elif origin := _flag(argv, "--init-from"):
         from jaxllm.train.origin import find_weights

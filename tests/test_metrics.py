@@ -17,6 +17,8 @@ from jaxllm.train.metrics import (
     flops_per_token,
     peak_flops,
     read_jsonl,
+    rewrite_jsonl,
+    seconds_of,
     seed_line,
     utilisation,
 )
@@ -133,3 +135,27 @@ def test_metrics_survive_a_torn_line_and_forget_steps_to_be_redone(tmp_path):
     for line in path.read_text().splitlines()[:5]:
         json.loads(line)  # strict JSON: no bare NaN
         assert "NaN" not in line
+    append_jsonl(path, [{"step": 6, "loss": 1.0}])  # not onto the torn line
+    assert [r["step"] for r in read_jsonl(path)] == [0, 1, 2, 3, 4, 6]
+
+
+def test_damaged_metrics_cost_the_damaged_lines_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_jsonl(path, [{"step": i, "loss": 1.0} for i in range(4)])
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b"loss", b"l\xff\xfe\x00")
+    lines[3:3] = [b"12\n", b"[]\n", b"null\n", bytes(40), b"\n", b'{"step": "2"}\n']
+    path.write_bytes(b"".join(lines))
+    assert [r["step"] for r in read_jsonl(path)] == [0, 2, 3]
+    rewrite_jsonl(path, before_step=3)
+    assert path.read_bytes() == lines[0] + lines[2]
+
+
+def test_seconds_lost_are_counted_in_steps_not_by_clocks():
+    records = [{"step": s, "loss": 1.0} for s in range(9)]
+    assert seconds_of(records, 6) == 0.0  # nothing is known
+    for step, rate in ((0, 60_000.0), (4, 2000.0), (8, 1000.0)):
+        records[step]["step_ms"] = rate
+    records.append({"step": 8, "val_loss": 1.0})
+    assert seconds_of(records, 6) == 6.0
+    assert seconds_of(records, 9) == 0.0

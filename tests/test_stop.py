@@ -82,10 +82,10 @@ print("end", flush=True)
 """
 
 
-def child(after: str) -> subprocess.Popen:
+def child(after: str, stderr: int = subprocess.PIPE) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD.format(after=after)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=stderr, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -106,6 +106,20 @@ def test_a_second_signal_ends_the_process_though_it_computes(number):
     assert process.returncode == 128 + signal.SIGTERM
     assert time.monotonic() - begun < 5
     assert "end" not in out and "SIGTERM again: stopping at once" in err
+
+
+def test_signals_count_though_nobody_reads_what_they_say():
+    heard, said = os.pipe()
+    os.close(heard)
+    process = child("time.sleep(60)", stderr=said)
+    os.close(said)
+    assert process.stdout is not None
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "asked\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_the_same_request_twice_at_once_is_one_request():

@@ -54,14 +54,20 @@ def test_a_step_beyond_the_usual_is_reported_once_with_all_stacks(watched):
     assert stacks.count("most recent call first") >= 2 and "test_watchdog.py" in stacks
 
 
-def test_compiling_is_not_a_hang(watched):
+def test_compiling_is_not_a_hang_and_a_first_step_that_never_ends_is(watched):
     dog, clock, said = watched
-    step(dog, clock, 0, 1000.0)
+    clock.now += 1000.0
+    assert not dog.check()  # nothing has begun
+    with dog.paused("the start"):
+        pass
+    clock.now += 29.0
     assert not dog.check()
-    step(dog, clock, 1, 1.0)
-    step(dog, clock, 2, 1000.0)
+    step(dog, clock, 0, 1.0)
+    step(dog, clock, 1, 29.0)
     assert not dog.check()
-    assert said == []
+    clock.now += 2.0
+    assert said == [] and dog.check()
+    assert "for 31.0 s (usually 15.00 s) since step 1 ended" in said[0]
 
 
 def test_fast_steps_may_still_take_the_least_time(watched):

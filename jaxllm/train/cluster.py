@@ -191,9 +191,9 @@ class Peers:
     def _exit(self, told: dict[str, Any]) -> None:
         me = jax.process_index()
         who = "" if told["process"] == me else f"process {told['process']} failed: "
-        print(f"error: {who}{told['text']}", file=sys.stderr)
-        sys.stderr.flush()
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # nobody has to listen
+            print(f"error: {who}{told['text']}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
         if me == 0:
             time.sleep(2.0)  # the coordinator lives here: the others are still asking
         os._exit(told["code"])

@@ -1,14 +1,12 @@
 """How a run ends: the last save, the plot, what happened, what to do next."""
 
-from typing import Any
-
 from jaxllm.train import report
 from jaxllm.train.console import Console
 from jaxllm.train.incidents import describe as describe_incidents
 from jaxllm.train.metrics import read_jsonl
 from jaxllm.train.processes import from_first, is_first
 from jaxllm.train.run import Run, describe, versions
-from jaxllm.train.run_folder import RunFolder
+from jaxllm.train.run_folder import RunFolder, Unwritable
 from jaxllm.train.step import State
 from jaxllm.train.step_folders import CheckpointError
 
@@ -16,7 +14,8 @@ from jaxllm.train.step_folders import CheckpointError
 def finish(run: Run, state: State) -> None:
     """Waits for the last checkpoint, draws the plot, says what to do next.
 
-    Raises: CheckpointError when the last state could not be saved.
+    Raises: CheckpointError when the last state could not be saved; Unwritable when that
+    is all that could be.
     """
     step = int(state["step"])
     keep_last(run, state, step)
@@ -27,9 +26,14 @@ def finish(run: Run, state: State) -> None:
     evaluated = [record for record in records if "val_bpb" in record]
     finished = step == run.total_steps
     draw(run)
-    happened = write_summary(run, step, records)
+    try:
+        tell(run, step)
+    except OSError as error:
+        raise Unwritable(
+            f"step {step} is saved, and {run.folder.summary} cannot be written: "
+            f"{error.strerror}; make room and give the same command again"
+        ) from None
     say = run.console.say
-    say("what happened:\n" + "\n".join(describe_incidents(happened)))
     if not finished:
         say(f"stopped after step {step} of {run.total_steps}; everything is saved")
         return say(f"continue:  {report.resume_command(run.folder)}")
@@ -51,8 +55,13 @@ def draw(run: Run) -> None:
         run.incidents.note("plot_failed", error=str(error))
 
 
-def write_summary(run: Run, step: int, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Writes summary.json after `step` steps; returns what happened, counted."""
+def tell(run: Run, step: int, *, error: str = "") -> None:
+    """Says what happened up to `step`, and writes it, with the rest of summary.json;
+    `error` is what ended the run before its end.
+
+    Raises: OSError.
+    """
+    records = read_jsonl(run.folder.metrics)
     evaluated = [record for record in records if "val_bpb" in record]
     undone = [r["last_batch"] + 1 - r["first_batch"] for r in run.position.rollbacks]
     skipped = sum(record.get("skipped", 0) for record in records) + sum(undone)
@@ -60,6 +69,7 @@ def write_summary(run: Run, step: int, records: list[dict[str, Any]]) -> dict[st
     summary = {
         "finished": step == run.total_steps,
         "step": step,
+        "error": error,
         "parameters": run.config.model.n_params,
         "trained_s": round(run.meter.trained_s, 3),
         "skipped_steps": skipped,
@@ -70,8 +80,8 @@ def write_summary(run: Run, step: int, records: list[dict[str, Any]]) -> dict[st
         "last_evaluation": evaluated[-1] if evaluated else None,
         "versions": versions(),
     }
+    run.console.say("what happened:\n" + "\n".join(describe_incidents(happened)))
     report.write_summary(run.folder, summary)
-    return happened
 
 
 def keep_last(run: Run, state: State, step: int) -> None:

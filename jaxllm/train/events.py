@@ -14,7 +14,7 @@ from jaxllm.generate import Sampling, generate
 from jaxllm.train.evaluate import evaluate
 from jaxllm.train.manifest import state_bytes
 from jaxllm.train.metrics import append_jsonl, rewrite_jsonl, seed_line, utilisation
-from jaxllm.train.processes import agree, is_first
+from jaxllm.train.processes import agree, is_first, one_line
 from jaxllm.train.run import Run
 from jaxllm.train.step import State
 
@@ -43,7 +43,7 @@ def predict_disk(run: Run) -> None:
     options, size = run.config.train, state_bytes(run.program.abstract_state)
     count = options.keep + 1
     if options.keep_every:
-        count += run.total_steps // options.keep_every
+        count += run.total_steps // options.keep_every + 1  # and step 0
     there = len(run.checkpoints.steps())
     free = shutil.disk_usage(run.folder.path).free
     if (needed := size * max(count - there, 0)) > free:
@@ -175,7 +175,12 @@ def sample(run: Run, state: State, step: int) -> None:
             return run.console.say(f"no sample after {step} steps: no room for a copy")
         params = whole_on_first(params)
     if is_first():
-        _write_sample(run, params, step)
+        try:
+            _write_sample(run, params, step)
+        except Exception as error:  # such as no memory left: a run is worth more
+            text = one_line(error)
+            run.console.say(f"WARNING: no sample after {step} steps: {text}")
+            run.incidents.note("sample_failed", step=step, error=text)
     run.meter.resume()
 
 

@@ -17,6 +17,7 @@ KINDS = {
     "hung": "hangs",
     "tracker_failed": "tracker failures",
     "plot_failed": "plot failures",
+    "sample_failed": "failed text samples",
 }
 """Every kind of incident, and how the summary names them."""
 
@@ -32,7 +33,7 @@ class Incidents:
         self.path = path
         self._here: list[dict[str, Any]] = []
         self._unwritten: list[dict[str, Any]] = []
-        self._earlier = read_jsonl(path)
+        self._earlier = [i for i in read_jsonl(path) if i.get("what") in [*KINDS]]
         self._lock = threading.Lock()
 
     def note(self, what: str, *, lost_s: float = 0.0, **details: Any) -> None:
@@ -43,20 +44,24 @@ class Incidents:
         with self._lock:
             self._here.append(incident)
             self._unwritten.append(incident)
-            if is_first():
-                with contextlib.suppress(OSError):  # the next one tries again
-                    append_jsonl(self.path, self._unwritten)
-                    self._unwritten.clear()
+            self._write()
 
     def report(self) -> dict[str, Any]:
         """Counts all incidents of the run by kind, and adds up the seconds lost."""
         with self._lock:
-            all_of_them = [i for i in self._earlier if "what" in i] + self._here
+            self._write()
+            all_of_them = self._earlier + self._here
         found: dict[str, Any] = dict.fromkeys(KINDS, 0)
         for incident in all_of_them:
-            found[incident["what"]] = found.get(incident["what"], 0) + 1
+            found[incident["what"]] += 1
         found["lost_s"] = round(sum(i.get("lost_s", 0.0) for i in all_of_them), 3)
         return found
+
+    def _write(self) -> None:
+        if is_first() and self._unwritten:
+            with contextlib.suppress(OSError):  # the next one tries again
+                append_jsonl(self.path, self._unwritten)
+                self._unwritten.clear()
 
 
 def describe(report: dict[str, Any]) -> list[str]:

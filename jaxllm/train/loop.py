@@ -16,9 +16,9 @@ from jaxllm.train import events, origin
 from jaxllm.train.cluster import joined
 from jaxllm.train.console import Console
 from jaxllm.train.device import out_of_memory, pin_kernels
-from jaxllm.train.ending import finish, is_saved, say_finished, write_summary
+from jaxllm.train.ending import finish, is_saved, say_finished, tell
 from jaxllm.train.feed import prefetched
-from jaxllm.train.metrics import read_jsonl
+from jaxllm.train.metrics import read_jsonl, seconds_of
 from jaxllm.train.position import Position
 from jaxllm.train.processes import (
     from_first,
@@ -77,10 +77,10 @@ def run(config: RunConfig) -> None:
             # A save under way is worth more than a quick death.
             started.checkpoints.let_finish()
             started.tracker.close()
-            if isinstance(error, Diverged) and is_first():
-                records = read_jsonl(folder.metrics)
-                steps = started.checkpoints.steps()
-                write_summary(started, max(steps, default=0), records)
+            if isinstance(error, (Diverged, CheckpointError)) and is_first():
+                with contextlib.suppress(OSError, CheckpointError):
+                    step = max(started.checkpoints.steps(), default=0)
+                    tell(started, step, error=str(error))
             if isinstance(error, jax.errors.JaxRuntimeError) and (
                 advice := out_of_memory(error, started.program.config)
             ):
@@ -111,8 +111,13 @@ def restore_or_init(run: Run, *, resuming: bool) -> State:
             f"than {run.config.data.path} holds now ({now}): give its --data.path"
         )
     step = restored.step
+    if step > run.total_steps:
+        raise ValueError(
+            f"the run in {run.folder.path} has taken {step} steps, and is to end after "
+            f"{run.total_steps}: give --train.steps {step} or more, or another --out"
+        )
     run.position = Position.from_meta(restored.meta)
-    lost_s = run.alive_at - run.folder.saved_at(step)
+    lost_s = seconds_of(read_jsonl(run.folder.metrics), step)
     run.incidents.note("resumed", step=step, lost_s=lost_s)
     if trained_on and restored.meta["total_steps"] != run.total_steps:
         run.console.say(
@@ -174,6 +179,8 @@ def advance(run: Run, state: State, stop: Stop) -> State:
     """
     options, total = run.config.train, run.total_steps
     first = int(state["step"])
+    if stop.reached() and is_saved(run, first):  # asked while that was saved, measured
+        return state
     run.meter.resume()
     ahead: deque[jax.Array] = deque()
     for step, batch, waited in prefetched(run, first):
@@ -251,7 +258,7 @@ def save(run: Run, state: State, step: int) -> None:
 def _is_evaluated(run: Run, step: int) -> bool:
     def look() -> str:
         records = read_jsonl(run.folder.metrics)
-        there = any(r["step"] == step and "val_loss" in r for r in records)
+        there = any(r.get("step") == step and "val_loss" in r for r in records)
         return "yes" if there else ""
 
     return on_first(look) == "yes"

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,39 +143,61 @@ def seed_line(
 
 
 def append_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
-    """Appends records as JSON lines; what is not finite is written as a string."""
+    """Appends records as JSON lines; what is not finite is written as a string.
+
+    A line that a kill or a full disk has torn is ended first, so that it takes no
+    record with it.
+    """
 
     def plain(value):
         finite = not isinstance(value, float) or math.isfinite(value)
         return value if finite else str(value)
 
-    with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            record = {name: plain(value) for name, value in record.items()}
-            file.write(json.dumps(record) + "\n")
+    lines = [
+        json.dumps({name: plain(value) for name, value in record.items()}) + "\n"
+        for record in records
+    ]
+    with path.open("a+b") as file:
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            lines.insert(0, "" if file.read(1) == b"\n" else "\n")
+        file.write("".join(lines).encode())
 
 
 def read_jsonl(path: Path, *, before_step: int | None = None) -> list[dict[str, Any]]:
-    """Reads JSON lines, without a torn last line and without steps from a limit on.
+    """Reads JSON lines, without torn or damaged ones and without steps from a limit on.
 
     Step s is the step after s updates; an evaluation at s is that of the state before.
     """
     records = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except ValueError:  # also where it is no text
+                continue
+            if not isinstance(record, dict):
                 continue
             step = record.get("step", -1)
+            if not isinstance(step, int):
+                continue
             evaluation = "val_loss" in record and step == before_step != 0
             if before_step is None or step < before_step or evaluation:
                 records.append(record)
     return records
 
 
+def seconds_of(records: list[dict[str, Any]], step: int) -> float:
+    """Estimates the seconds that the recorded steps from `step` on have taken, by the
+    median of the rates that were logged; no clock of another start is asked."""
+    rates = [r["step_ms"] for r in records if "step_ms" in r]
+    count = sum("loss" in r and r.get("step", -1) >= step for r in records)
+    return count * statistics.median(rates) / 1e3 if rates else 0.0
+
+
 def rewrite_jsonl(path: Path, *, before_step: int) -> None:
-    """Drops the records of steps from a limit on, all at once or not at all."""
+    """Drops damaged lines and the records of steps from a limit on, all at once or not
+    at all."""
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.unlink(missing_ok=True)
     unfinished.touch()

@@ -19,6 +19,7 @@ def write_plot(folder: RunFolder) -> Path | None:
     except ImportError:
         return None
     records = read_jsonl(folder.metrics)
+    records = [r for r in records if "step" in r]
     train = [(r["step"], r["loss"]) for r in records if _is_number(r.get("loss"))]
     val = [(r["step"], r["val_loss"]) for r in records if _is_number(r.get("val_loss"))]
     if not train:

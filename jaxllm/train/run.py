@@ -1,5 +1,6 @@
 """The parts of a run, and how they are put together before the first step."""
 
+import contextlib
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -47,8 +48,6 @@ class Run:
     watchdog: Watchdog
     incidents: Incidents
     tracker: Tracker
-    alive_at: float
-    """When an earlier start last gave a sign of life, in seconds of the epoch, or 0."""
     position: Position = field(default_factory=Position)
     meter: Meter = field(default_factory=Meter)
     pending: list[dict] = field(default_factory=list)
@@ -103,7 +102,6 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
             ) from None
 
     on_first(write)
-    alive_at = folder.last_sign_of_life()
     console.log = folder.log
     keep_compiled(folder.cache)
     incidents = Incidents(folder.incidents)
@@ -121,7 +119,7 @@ def prepare(config: RunConfig, folder: RunFolder, console: Console, mesh: Any) -
             keep_every=config.train.keep_every,
         ),
         watchdog=watchdog(config, folder, console, incidents),
-        incidents=incidents, alive_at=alive_at,
+        incidents=incidents,
         tracker=Tracker(
             partial(open_tracker, config.train.track, folder.path, asdict(config))
             if tracked else None,
@@ -176,7 +174,8 @@ def watchdog(
         report = report.with_stem(f"{report.stem}-{index}")
 
         def say(text: str) -> None:
-            print(f"process {index}: {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"process {index}: {text}", file=sys.stderr, flush=True)
 
     return Watchdog(
         least_s=config.train.hang_s, exit_when_hung=config.train.exit_when_hung,

@@ -11,7 +11,7 @@ diagnosis.json   which data was bad, if the run gave up
 stacks.txt       where every thread stood, if the run ever hung
 loss.png         the loss curve
 summary.json     written last: how the run ended
-archive/N/       an earlier run of the same name, set aside whole
+archive/N/       an earlier run of the same name, set aside whole (.moving: not yet)
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from jaxllm import config as configuration
 from jaxllm.config import RunConfig
+from jaxllm.train.metrics import read_jsonl
 
 Start = Literal["new", "continue", "finished"]
 
@@ -76,6 +77,7 @@ class RunFolder:
         self.stacks = self.path / "stacks.txt"
         self.plot = self.path / "loss.png"
         self.summary = self.path / "summary.json"
+        self._moving = self.path / "archive" / ".moving"
 
     def create(self) -> None:
         """Makes the folder.
@@ -111,41 +113,62 @@ class RunFolder:
             except OSError:
                 # Some network file systems have no locks; training goes before them.
                 pass
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk: who it is stays unsaid
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
             yield
 
     def load_config(self) -> RunConfig:
-        """Reads the run's configuration.
+        """Reads the run's configuration; where config.json is lost or damaged, that of
+        the newest checkpoint.
 
-        Raises: ValueError if there is none, or if it is damaged.
+        Raises: ValueError if there is neither.
         """
         try:
             values = json.loads(self.config.read_text(encoding="utf-8"))
+            return configuration.from_dict(RunConfig, values, where=str(self.config))
         except FileNotFoundError:
-            raise ValueError(
+            problem = (
                 f"{self.path} is not a run folder: it has no config.json; give the "
                 f"folder that scripts/pretrain.py wrote, such as runs/demo"
-            ) from None
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.config} cannot be read: {error}") from None
-        return configuration.from_dict(RunConfig, values, where=str(self.config))
+            )
+        except (ValueError, TypeError, OSError) as error:
+            problem = f"{self.config} cannot be read: {error}"
+        if saved := self.saved_config():
+            return saved
+        raise ValueError(problem)
 
-    def last_sign_of_life(self) -> float:
-        """When a run last wrote a figure or a line here, in seconds of the epoch; 0 if
-        it never did."""
-        return max(map(_changed_at, (self.log, self.metrics)))
+    def saved_config(self) -> RunConfig | None:
+        """Reads the configuration that the newest checkpoint was saved with, which is
+        protected by digests; None where there is none, or it says nothing."""
+        if not self.has_checkpoint():
+            return None
+        from jaxllm.train.checkpoint import Checkpoints
 
-    def saved_at(self, step: int) -> float:
-        """When a checkpoint was sealed, in seconds of the epoch."""
-        return _changed_at(self.checkpoints / str(step) / "SHA256SUMS")
+        try:
+            meta = Checkpoints(self.checkpoints).read_meta()
+            return configuration.from_dict(RunConfig, meta["config"])
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def has_checkpoint(self) -> bool:
-        """Whether anything was ever saved here."""
+        """Whether there is anything to go on from."""
         return self.checkpoints.is_dir() and any(
             child.name.isdigit() for child in self.checkpoints.iterdir()
         )
+
+    def is_run(self) -> bool:
+        """Whether anything of a run lies here."""
+        return self.config.exists() or self._moving.is_dir() or self.has_checkpoint()
+
+    def is_being_set_aside(self) -> bool:
+        """Whether a start died while it set the earlier run aside."""
+        return self._moving.is_dir()
+
+    def has_trained(self) -> bool:
+        """Whether figures are there, which come after the first checkpoint."""
+        return bool(read_jsonl(self.metrics))
 
     def finished_at(self) -> int | None:
         """The step at which the run came to its end, or None."""
@@ -156,27 +179,20 @@ class RunFolder:
             return None
 
     def set_aside(self) -> Path | None:
-        """Moves an earlier run into archive/N, but for its data and caches."""
-        if not self.config.exists():
+        """Moves an earlier run into archive/N, but for its data and caches.
+
+        A start that dies on the way leaves archive/.moving, and the next goes on with
+        it, whatever it was asked for: half a run is none.
+        """
+        if not self.is_run():
             return None
-        archive = self.path / "archive"
-        archive.mkdir(exist_ok=True)
-        taken = [int(p.name) for p in archive.iterdir() if p.name.isdigit()]
-        target = archive / str(max(taken, default=0) + 1)
-        target.mkdir()
+        self._moving.mkdir(parents=True, exist_ok=True)
         for child in self.path.iterdir():
-            # config.json goes last: until then the folder is still the old run's.
-            if child.name not in (*KEPT_WHEN_SET_ASIDE, "config.json"):
-                child.rename(target / child.name)
-        self.config.rename(target / "config.json")
-        return target
-
-
-def _changed_at(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+            if child.name not in KEPT_WHEN_SET_ASIDE:
+                child.rename(self._moving / child.name)
+        archive = self._moving.parent
+        taken = [int(p.name) for p in archive.iterdir() if p.name.isdigit()]
+        return self._moving.rename(archive / str(max(taken, default=0) + 1))
 
 
 def decide(folder: RunFolder, config: RunConfig) -> Start:
@@ -187,7 +203,20 @@ def decide(folder: RunFolder, config: RunConfig) -> Start:
     """
     if config.fresh:
         return "new"
-    if not folder.config.exists() or not folder.has_checkpoint():
+    if folder.is_being_set_aside():
+        if config.resume:
+            raise ValueError(
+                f"the run in {folder.path} is being set aside in its archive, and "
+                f"--resume was given: leave it out to start a new run"
+            )
+        return "new"
+    if not folder.has_checkpoint():
+        if folder.has_trained():
+            raise ValueError(
+                f"the run in {folder.path} has trained, and its checkpoints are gone "
+                f"from {folder.checkpoints}: bring them back (is their disk mounted?), "
+                f"or give --fresh to set aside what is left and start anew"
+            )
         if config.resume:
             raise ValueError(
                 f"--resume found no checkpoint in {folder.path}: check --out, or leave "
@@ -195,14 +224,19 @@ def decide(folder: RunFolder, config: RunConfig) -> Start:
             )
         return "new"
     finished = folder.finished_at()
-    more = config.train.steps > (finished or 0)
-    if finished is not None and not config.resume:
-        if config.train.when_finished == "again":
-            return "new"
-        if not more or config.train.steps == folder.load_config().train.steps:
-            return "finished"
-    require_same_run(folder, config)
-    return "finished" if finished is not None and not more else "continue"
+    if finished is None:
+        require_same_run(folder, config)
+        return "continue"
+    if config.train.when_finished == "again" and not config.resume:
+        return "new"
+    asked, had = config.train, folder.load_config().train
+    if asked.steps:
+        more = asked.steps > finished
+    else:  # how many steps the epochs make is known once the data are open
+        more = (asked.steps, asked.epochs) != (had.steps, had.epochs)
+    if more or config.resume:
+        require_same_run(folder, config)
+    return "continue" if more else "finished"
 
 
 def require_same_run(folder: RunFolder, config: RunConfig) -> None:
@@ -211,6 +245,10 @@ def require_same_run(folder: RunFolder, config: RunConfig) -> None:
     Raises: ValueError naming the first field that differs, with both values.
     """
     if found := first_difference(folder.load_config(), config):
+        # Nothing protects config.json: what is in the checkpoint counts.
+        saved = folder.saved_config()
+        if saved is not None and not first_difference(saved, config):
+            return
         name, earlier, now = found
         raise ValueError(
             f"{folder.path} holds a run with {name}={earlier!r}, and {name}={now!r} "

@@ -71,17 +71,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def forget_cached(folder: Path) -> None:
-    """Asks the system to drop its cached copy of all files below `folder`, so that the
-    next reading comes from the disk. A hint: does nothing where it is not supported."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
+    """Makes all files and folders below `folder` durable, and asks the system to drop
+    its cached copy, so that the next reading comes from the disk.
+
+    The second is a hint: it does nothing where it is not supported, and nothing to what
+    is not durable yet.
+
+    Raises: OSError.
+    """
+    for path in [folder, *folder.rglob("*")]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+            if hasattr(os, "posix_fadvise") and path.is_file():
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(handle)
+        finally:
+            os.close(handle)
 
 
 def _sha256_all(files: list[Path]) -> list[str]:

@@ -118,7 +118,7 @@ def make_unfinished(folder: Path) -> None:
 
     Raises: OSError.
     """
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    _delete(folder / UNFINISHED)
     (folder / UNFINISHED).mkdir(parents=True)
 
 

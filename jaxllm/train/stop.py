@@ -5,6 +5,7 @@ Kubernetes, a preempted machine), SIGINT what Ctrl-C sends. The first one asks; 
 one ends the process at once, with nothing but what is on disk.
 """
 
+import contextlib
 import functools
 import os
 import signal
@@ -87,11 +88,15 @@ class Stop:
         now = time.monotonic()
         if not self.requested:
             self.requested, self._since = True, now
-            text = f"{name}: finishing the step, then saving; once more stops at once"
-            os.write(2, f"{text}\n".encode())
+            _say(f"{name}: finishing the step, then saving; once more stops at once")
         elif now - self._since > SAME_S:
-            os.write(2, f"{name} again: stopping at once\n".encode())
+            _say(f"{name} again: stopping at once")
             os._exit(128 + number)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone has sent the signal
+        os.write(2, f"{text}\n".encode())
 
 
 def _sum_over_processes(flag: bool) -> jax.Array:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PAUSE = 6
-"""How much longer a pause may take than a silence between two steps."""
+"""How much longer a pause, or the first steps, may take than a silence between two."""
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
 
@@ -27,9 +27,10 @@ class Watchdog:
 
     A beat is a moment at which the devices are known to have come as far as a step, not
     at which one was dispatched. It may be `factor` times the usual interval away (the
-    median of the last ones), and `least_s` in any case; before three intervals are
-    known, the first of which includes compiling, nothing is expected. Evaluations and
-    saves happen under `paused`, and may take PAUSE times `least_s`.
+    median of the last ones), and `least_s` in any case. Evaluations and saves happen
+    under `paused`, and may take PAUSE times `least_s`; so may each step before three
+    intervals are known, the first of which includes compiling and, with several
+    processes, their first exchange.
     """
 
     def __init__(
@@ -95,19 +96,17 @@ class Watchdog:
                 self._since, self._pause = self.clock(), ""
                 self._reported = False
 
-    def limit_s(self) -> float | None:
-        """Seconds between two beats to accept by now, or None before that is known."""
-        if self._pause:
+    def limit_s(self) -> float:
+        """Seconds between two beats to accept by now."""
+        if self._pause or len(self._usual_s) < 3:
             return PAUSE * self.least_s
-        if len(self._usual_s) < 3:
-            return None
         return max(self.least_s, self.factor * statistics.median(self._usual_s))
 
     def check(self) -> bool:
         """Reports a hang, once a step; returns whether there is one."""
         with self._lock:
             limit, since, step = self.limit_s(), self._since, self._step
-            if limit is None or since is None or self._reported:
+            if since is None or self._reported:
                 return False
             waited = self.clock() - since
             if waited <= limit:
