@@ -22,8 +22,12 @@ class ParallelConfig:
             value = getattr(self, name)
             if value != -1:
                 require_int(f"parallel.{name}", value, at_least=1)
-        if sum(getattr(self, name) == -1 for name in ("data", "fsdp", "tensor")) > 1:
-            raise ValueError("parallel: only one of data, fsdp, tensor may be -1")
+        rest = [n for n in ("data", "fsdp", "tensor") if getattr(self, n) == -1]
+        if len(rest) > 1:
+            raise ValueError(
+                f"parallel.{rest[0]}=-1 and parallel.{rest[1]}=-1 cannot both be what "
+                f"the other axes leave over: give --parallel.{rest[0]} 1"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Damages a finished checkpoint in random ways and looks whether that is noticed.
 
-As a script: checkpoint_damages.py COUNT [--reseal], prints one JSON line of what came.
+As a script: checkpoint_damages.py COUNT [--reseal] [--write], prints one line of JSON
+of what came; with --write also into docs/damages.json.
 """
 
 import json
@@ -12,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from checkpoint_worker import abstract_state, assert_same_bits, make_state
+from stamp import stamp
 
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.seal import seal
@@ -102,4 +104,8 @@ def run(count: int, *, reseal: bool = False) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(int(sys.argv[1]), reseal="--reseal" in sys.argv)))
+    record: dict = run(int(sys.argv[1]), reseal="--reseal" in sys.argv)
+    print(json.dumps(record))
+    if "--write" in sys.argv:
+        text = json.dumps(record | stamp(), indent=1) + "\n"
+        Path(__file__).parents[1].joinpath("docs", "damages.json").write_text(text)

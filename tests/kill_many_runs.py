@@ -1,13 +1,14 @@
 """Kills a training run very often, everywhere, and looks what becomes of it.
 
-kill_many_runs.py KILLS [SEED [MINUTES]]: starts a run that prepares its data, trains 30
-steps with a checkpoint every other step, meets bad data and goes back once; kills it by
-SIGKILL, and starts it again with the same arguments, until it ends; then the next run,
-until there were KILLS, or the time is over. Half of the kills come at a moment drawn
-evenly from the duration of a run; the others soon after the run has entered one of
-PLACES, often within it. No kill may take a visible checkpoint away, and each run's
-final arrays, losses, rollbacks and data must be those of a run that was left alone.
-Prints one JSON line.
+kill_many_runs.py KILLS [SEED [MINUTES]] [--write]: starts a run that prepares its data,
+trains 30 steps with a checkpoint every other step, meets bad data and goes back once;
+kills it by SIGKILL, and starts it again with the same arguments, until it ends; then
+the next run, until there were KILLS, or the time is over. Half of the kills come at a
+moment drawn evenly from the duration of a run; the others soon after the run has
+entered one of PLACES, often within it. No kill may take a visible checkpoint away, and
+each run's final arrays, losses, rollbacks and data must be those of a run that was left
+alone.
+Prints one line of JSON; with --write also into docs/kills.json.
 
 Every run is forked from this process, which has imported all and started nothing.
 """
@@ -32,6 +33,7 @@ import matplotlib.backends.backend_agg  # noqa: F401  imported once, before the 
 import matplotlib.figure  # noqa: F401
 import run_worker
 from poison import poison
+from stamp import stamp
 
 import jaxllm.train.loop
 from jaxllm.data import corpus
@@ -39,7 +41,6 @@ from jaxllm.guard import GuardConfig
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.manifest import read_manifest
 from jaxllm.train.metrics import read_jsonl
-from jaxllm.train.run import versions
 
 STEPS = 30
 BAD: dict[int, float] = dict.fromkeys((5, 14, 15, 16), math.nan)
@@ -181,7 +182,7 @@ def main(kills: int, seed: int = 0, minutes: int = 10**6) -> dict:
                 break
     return {
         "seed": seed, "kills": killed.total(), "killed in": dict(killed), **report,
-        "minutes": round((time.monotonic() - begun) / 60, 1), "versions": versions(),
+        "minutes": round((time.monotonic() - begun) / 60, 1), **stamp(),
     }  # fmt: skip
 
 
@@ -203,4 +204,9 @@ def log_of(out: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(*map(int, sys.argv[1:]))))
+    given = [word for word in sys.argv[1:] if word != "--write"]
+    record = main(*map(int, given))
+    print(json.dumps(record))
+    if "--write" in sys.argv:
+        text = json.dumps(record, indent=1) + "\n"
+        Path(__file__).parents[1].joinpath("docs", "kills.json").write_text(text)

@@ -107,8 +107,11 @@ def test_slurm_asks_for_what_the_run_needs():
 
 @pytest.mark.parametrize(
     ("code", "finished", "requeued"),
-    [(0, True, False), (0, False, True), (75, None, True), (2, None, False)],
-)
+    [
+        (0, True, False), (0, False, True), (75, None, True), (137, False, True),
+        (2, None, False), (65, False, False), (74, False, False),
+    ],
+)  # fmt: skip
 def test_slurm_requeues_until_the_run_is_finished(stage, code, finished, requeued):
     if finished is not None:
         finish(stage.folder, "runs/k-215m", finished)
@@ -148,7 +151,7 @@ def test_the_jobset_describes_the_processes_that_the_run_expects(jobset):
     assert pod["terminationGracePeriodSeconds"] >= 60
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container(jobset)["name"]
-    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 65, 74])
     (on_mistake,) = jobset["spec"]["failurePolicy"]["rules"]
     assert on_mistake["action"] == "FailJobSet"
     env = {e["name"]: e for e in container(jobset)["env"]}

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -96,6 +97,83 @@ def test_a_mesh_trains_as_one_device(mesh, dtype, tolerance):
         params,
         expected_params,
     )
+
+
+SEGMENTS = ["positions", "segment_ids"]
+UNTIED = dict(model=replace(MODEL, tie_word_embeddings=False))
+VARIANTS: list[tuple[tuple[int, int, int], Dtype, dict[str, Any], list[str]]] = [
+    # Each in another corner of what a step may be asked for.
+    ((2, 2, 2), "float64",
+     UNTIED | dict(accumulate=2, loss_norm="micro_batch", layer="plain", unroll=1,
+                   attention="blocked", cross_entropy="chunked", loss_chunk=8,
+                   embedding="sorted", remat="layer"), SEGMENTS),
+    ((1, 8, 1), "float32",
+     dict(accumulate=2, layer="plain", attention="plain", cross_entropy="chunked",
+          loss_chunk=12, embedding="one_hot"), SEGMENTS),
+    ((2, 4, 1), "float64",
+     UNTIED | dict(layer="fused", remat="products", remat_up=1, embedding="rows"), []),
+    ((8, 1, 1), "float64", dict(accumulate=2, loss_norm="micro_batch"), SEGMENTS),
+    ((2, 2, 2), "float32", {}, []),
+]  # fmt: skip
+
+
+def train_variant(mesh, dtype: Dtype, changes: dict[str, Any], extra: list[str]):
+    """Losses of 20 steps and the parameters after them; masks of uneven counts."""
+    compute: dict[str, Any] = dict(param_dtype=dtype, compute_dtype=dtype) | changes
+    asked = RunConfig(
+        model=compute.pop("model", MODEL),
+        optim=OptimConfig(
+            learning_rate=1e-3, loss_norm=compute.pop("loss_norm", "token")
+        ),
+        train=TrainConfig(
+            batch_size=16, steps=STEPS, accumulate=compute.pop("accumulate", 1)
+        ),
+        compute=ComputeConfig(**compute),
+        parallel=ParallelConfig(*mesh),
+    )
+    with precision(dtype):
+        devices = jax.devices()[: math.prod(mesh)]
+        program = build(asked, make_mesh(asked.parallel, devices), total_steps=STEPS)
+        state, losses = program.init(), []
+        rng = np.random.default_rng(1)
+        for _ in range(STEPS):
+            tokens = rng.integers(0, 64, (16, 17)).astype(np.int32)
+            starts = rng.integers(2, 15, (16, 1))
+            segments = (np.arange(16) >= starts).astype(np.int32)
+            batch = {
+                "inputs": tokens[:, :-1],
+                "targets": tokens[:, 1:],
+                "loss_mask": rng.random((16, 16)) < rng.random((16, 1)),
+                "segment_ids": segments,
+                "positions": (np.arange(16) - segments * starts).astype(np.int32),
+            }
+            for name in set(SEGMENTS).difference(extra):
+                del batch[name]
+            parts = asked.train.accumulate
+            state, metrics = program.train_step(
+                state, to_device(program, batch, parts=parts)
+            )
+            losses.append(float(metrics["loss"]))
+        return np.array(losses), jax.tree.map(np.asarray, state["params"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", VARIANTS, ids=lambda case: str(case[:2]))
+def test_every_form_of_a_step_trains_on_a_mesh_as_on_one_device(case):
+    mesh, dtype, changes, extra = case
+    tolerance = 1e-10 if dtype == "float64" else 1e-5
+    losses, params = train_variant(mesh, dtype, changes, extra)
+    expected, expected_params = train_variant((1, 1, 1), dtype, changes, extra)
+    assert len(set(losses)) == STEPS
+    worst = max(
+        np.abs(a - b).max()
+        for a, b in zip(*map(jax.tree.leaves, (params, expected_params)), strict=True)
+    )
+    print(
+        f"worst loss {np.abs(losses / expected - 1).max():.1e}, parameter {worst:.1e}"
+    )
+    np.testing.assert_allclose(losses, expected, rtol=tolerance)
+    assert worst < tolerance
 
 
 def exchanged(text: str) -> tuple[Counter, Counter]:

@@ -22,6 +22,7 @@ from jaxllm.train.digest import digest_state
 from jaxllm.train.loop import run
 from jaxllm.train.metrics import read_jsonl
 from jaxllm.train.run_folder import RunFolder
+from jaxllm.train.step_folders import CheckpointError
 
 VOCAB = 320
 
@@ -142,6 +143,77 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_else_changes(
     assert "continuing from the checkpoint of step 8" in capsys.readouterr().out
     assert losses(Path(config.out)) == losses(Path(finished.out))
     assert final_state(config) == final_state(finished)
+
+
+def unfinished(finished: RunConfig, out: Path) -> RunConfig:
+    """A copy of the run that died just before it could say that it was finished."""
+    shutil.copytree(finished.out, out)
+    (out / "summary.json").unlink()
+    return replace(finished, out=str(out))
+
+
+def test_when_no_checkpoint_is_whole_nothing_begins_anew(finished, tmp_path, capsys):
+    config = unfinished(finished, tmp_path / "lost")
+    for step in (4, 8, 12):
+        folder = tmp_path / "lost" / "checkpoints" / str(step)
+        max(folder.rglob("d/*"), key=lambda p: p.stat().st_size).write_bytes(b"")
+    before = snapshot(tmp_path / "lost" / "checkpoints")
+    with pytest.raises(CheckpointError, match="no undamaged checkpoint in") as caught:
+        run(config)
+    assert all(f"{step}: file state/" in str(caught.value) for step in (4, 8, 12))
+    assert snapshot(tmp_path / "lost" / "checkpoints") == before
+    assert losses(Path(config.out)) == losses(Path(finished.out))
+    summary = json.loads((tmp_path / "lost" / "summary.json").read_text())
+    assert not summary["finished"] and summary["error"] == str(caught.value)
+
+
+def test_damaged_figures_and_a_mistake_in_the_steps_cost_nothing(finished, tmp_path):
+    config = unfinished(finished, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b"12\n\xff\xfe{\x00}\n[]\n")
+    (tmp_path / "run" / "incidents.jsonl").write_text('12\n{"what": []}\n{"wh')
+    with pytest.raises(ValueError, match="has taken 12 steps, and is to end after 6"):
+        run(replace(config, train=replace(config.train, steps=6)))
+    run(config)
+    assert losses(Path(config.out)) == losses(Path(finished.out))
+    assert final_state(config) == final_state(finished)
+
+
+def test_a_stop_during_the_first_evaluation_does_not_wait_for_a_step(
+    finished, tmp_path, monkeypatch, capsys
+):
+    asked = loop.Stop()
+    monkeypatch.setattr(loop, "Stop", lambda: asked)
+    monkeypatch.setattr(loop.events, "validate", lambda *_: asked.request())
+    config = replace(finished, out=str(tmp_path / "early"))
+    run(config)
+    assert losses(Path(config.out)) == {}
+    assert Checkpoints(tmp_path / "early" / "checkpoints").steps() == [0]
+    assert "stopped after step 0 of 12; everything is saved" in capsys.readouterr().out
+
+
+def test_samples_and_summaries_that_fail_cost_no_training(
+    finished, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def too_large(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    config = replace(finished, out=str(tmp_path / "run"))
+    monkeypatch.setattr(loop.events, "_write_sample", too_large)
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxllm.train.report.write_summary", full)
+        with pytest.raises(run_module.Unwritable, match="step 12 is saved") as caught:
+            run(config)
+    assert caught.value.exit_code == 74
+    run(config)
+    assert final_state(config) == final_state(finished)
+    happened = json.loads((tmp_path / "run" / "summary.json").read_text())
+    happened = happened["what_happened"]
+    assert happened["sample_failed"] == happened["resumed"] == 1
+    assert happened["lost_s"] == 0
 
 
 def test_a_finished_run_is_left_alone_and_can_be_made_longer(

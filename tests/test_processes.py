@@ -209,6 +209,8 @@ ONE_A_NODE = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_PROCID":
         # A batch script outside srun has no step.
         ({k: v for k, v in SLURM.items() if "STEP" not in k}, 8, None),
         (OPEN_MPI | URI, 8, Place(None, 4, 3, [1])),
+        # mpirun inside an allocation: the step is that of its daemons, one a node.
+        (SLURM | ONE_A_NODE | OPEN_MPI | URI, 8, Place(None, 4, 3, [1])),
         (JAX_OWN, 8, Place("n1:99", 2, 1, None)),
         (JAX_OWN | {"JAX_NUM_PROCESSES": "1"}, 8, None),
     ],

@@ -129,6 +129,8 @@ def test_a_signal_saves_the_running_step_and_exits_with_0(
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["finished"], summary["step"]) == (False, steps[-1])
     end(start(out, save_every=1000))
+    happened = json.loads((out / "summary.json").read_text())["what_happened"]
+    assert (happened["resumed"], happened["lost_s"]) == (1, 0)
     assert digests(out) == digests(whole)
     assert losses(out) == losses(whole)
 

@@ -59,7 +59,15 @@ def find(
     count = given.num_processes or _int(env, "JAX_NUM_PROCESSES")
     index = given.process_id if given.process_id >= 0 else _int(env, "JAX_PROCESS_ID")
     devices, launcher = None, ""
-    if slurm <= set(env):
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        # Before Slurm, as in JAX: on the nodes of an allocation mpirun starts its own
+        # daemons by srun, and the step that these processes see is the daemons'.
+        launcher = "Open MPI"
+        count = count or _int(env, "OMPI_COMM_WORLD_SIZE")
+        index = _or(index, _int(env, "OMPI_COMM_WORLD_RANK"))
+        alone = _int(env, "OMPI_COMM_WORLD_LOCAL_SIZE") == 1
+        devices = _devices(n_gpus, alone, _int(env, "OMPI_COMM_WORLD_LOCAL_RANK"))
+    elif slurm <= set(env):
         launcher = "Slurm"
         # The step's own number: in a shell inside an allocation SLURM_NTASKS is the
         # allocation's, though one process runs.
@@ -67,12 +75,6 @@ def find(
         nodes = _int(env, "SLURM_STEP_NUM_NODES") or 1
         count, index = count or tasks, _or(index, _int(env, "SLURM_PROCID"))
         devices = _devices(n_gpus, tasks == nodes, _int(env, "SLURM_LOCALID"))
-    elif "OMPI_COMM_WORLD_SIZE" in env:
-        launcher = "Open MPI"
-        count = count or _int(env, "OMPI_COMM_WORLD_SIZE")
-        index = _or(index, _int(env, "OMPI_COMM_WORLD_RANK"))
-        alone = _int(env, "OMPI_COMM_WORLD_LOCAL_SIZE") == 1
-        devices = _devices(n_gpus, alone, _int(env, "OMPI_COMM_WORLD_LOCAL_RANK"))
     elif "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         launcher = "Kubernetes"
         index = _or(index, _int(env, "JOB_COMPLETION_INDEX"))
