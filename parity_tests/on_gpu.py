@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16, plain": HALF,
     "bfloat16, cuDNN attention": HALF | {"attention": "cudnn"},
     "bfloat16, all fast forms": FAST,
+    "bfloat16, all fast forms, bfloat16 logits": FAST | {"logits_dtype": "bfloat16"},
     "bfloat16, all fast forms, bfloat16 stream": FAST | {"residual_dtype": "bfloat16"},
 }
 

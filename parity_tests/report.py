@@ -3,8 +3,9 @@
     python -m parity_tests.report [--quick | --part NAME] [--out docs]
 
 Writes OUT/parity.md, OUT/parity/parity.json and plots. Every figure in them comes from
-this run or, where a part was left out, from the run named beside it. --quick takes one
-seed and leaves out what is slow: long runs, the true size, the mutants, real text.
+this run or, with --part, from the run named beside it. --quick takes one seed, leaves
+out what is slow (long runs, the true size, decoding, the mutants, real text) and writes
+to runs/parity.
 """
 
 import argparse
@@ -15,8 +16,10 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ import transformers
 import parity_tests.conftest  # noqa: F401  (the same strict JAX as the tests)
 from parity_tests import (
     cases,
+    decoding,
     gates,
     mutation,
     noise,
@@ -42,10 +46,12 @@ from parity_tests.precision import FP32, PRECISIONS
 from parity_tests.rungs import RUNGS, SEEDS, measure
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("ladder", "noise", "bf16", "trajectory", "mutants", "real_text", "gpu")
+PARTS = ("ladder", "noise", "bf16", "trajectory", "decode", "real_text", "mutants",
+         "gpu")  # fmt: skip
 COMPILING = ("step ", "fast forms", "mesh", "exported", "init", "accumulation")
 """Rungs that spend their time in the compiler; --quick leaves them out too."""
-SHARED = ("step ", "200 ", "215M ")
+LONG = "200 "
+SHARED = ("step ", LONG, "215M ")
 """Beginnings of the names of rungs that read one computation."""
 
 
@@ -69,62 +75,58 @@ def environment() -> dict[str, Any]:
     }
 
 
-def ladder(quick: bool, processes: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Task:
+    """A piece of one part of the report, small enough to share pieces out."""
+
+    part: str
+    run: Callable[..., Any]
+    inputs: tuple = ()
+
+
+Chain = list[Task]
+"""What one process does one after the other, since later ones use earlier results."""
+
+
+def ladder(quick: bool) -> list[Chain]:
     """Every rung in each of its precisions: the worst error over the seeds."""
-    families: dict[tuple[str, str], list[str]] = {}
+    families: dict[tuple[str, str], list[Task]] = {}
     for name, rung in RUNGS.items():
         if quick and (rung.slow or name.startswith(COMPILING)):
             continue
         for precision in rung.limits:
             # Rungs that read one computation stay in one process, which keeps it.
             shared = next((f for f in SHARED if name.startswith(f)), name)
-            families.setdefault((shared, precision), []).append(name)
-    tasks = [(names, precision, quick) for (_, precision), names in families.items()]
-    tasks.sort(key=lambda task: not RUNGS[task[0][0]].slow)  # the long ones first
-    rows = [row for rows in _spread(_measured, tasks, processes) for row in rows]
-    order = list(RUNGS)
-    return sorted(rows, key=lambda row: order.index(row["rung"]))
+            key = (shared, "any" if shared == LONG else precision)
+            task = Task("ladder", rung_row, (name, precision, quick))
+            families.setdefault(key, []).append(task)
+    return list(families.values())
 
 
-def _measured(task: tuple[list[str], str, bool]) -> list[dict[str, Any]]:
-    """The rows of some rungs in one precision."""
-    names, precision, quick = task
-    rows = []
-    for name in names:
-        rung, began = RUNGS[name], time.perf_counter()
-        seeds = rung.seeds[:1] if quick else rung.seeds
-        found = [measure(name, PRECISIONS[precision], seed) for seed in seeds]
-        worst = max(found, key=lambda d: d.error)
-        entry = gates.table()[name][precision]
-        row = {
-            "rung": name,
-            "precision": precision,
-            "metric": rung.metric,
-            "error": worst.error,
-            "where": worst.name,
-            "gate": entry["gate"],
-            "limit": entry["limit"],
-            "seeds": len(seeds),
-            "passed": bool(worst.error <= entry["gate"]),
-            "seconds": round(time.perf_counter() - began, 1),
-        }
-        rows.append(row)
-        print(
-            f"{name} {precision}: {worst.error:.3g} of {entry['gate']:.3g}", flush=True
-        )
-    return rows
+def rung_row(name: str, precision: str, quick: bool) -> dict[str, Any]:
+    """One rung in one precision over its seeds, as a row of the table."""
+    rung, began = RUNGS[name], time.perf_counter()
+    seeds = rung.seeds[:1] if quick else rung.seeds
+    found = [measure(name, PRECISIONS[precision], seed) for seed in seeds]
+    worst = max(found, key=lambda d: d.error)
+    entry = gates.table()[name][precision]
+    print(f"{name} {precision}: {worst.error:.3g} of {entry['gate']:.3g}", flush=True)
+    return {
+        "rung": name,
+        "precision": precision,
+        "metric": rung.metric,
+        "error": worst.error,
+        "where": worst.name,
+        "gate": entry["gate"],
+        "limit": entry["limit"],
+        "seeds": len(seeds),
+        "passed": bool(worst.error <= entry["gate"]),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
 
 
-def mutants(processes: int) -> list[dict[str, Any]]:
-    """Every mutant: its rung, how far beyond the gate it went."""
-    rows = list(_spread(_attempted, list(range(len(mutation.ALL))), processes))
-    dead = sum(row["killed"] for row in rows)
-    print(f"{dead} of {len(rows)} mutants killed", flush=True)
-    return rows
-
-
-def _attempted(index: int) -> dict[str, Any]:
-    """The row of one mutant."""
+def mutant_row(index: int) -> dict[str, Any]:
+    """One mutant: its rung, and how far beyond the gate it went."""
     mutant = mutation.ALL[index]
     kill = mutation.attempt(mutant)
     print(f"{mutant.name}: {kill.margin:.3g} times the gate of {mutant.rung}")
@@ -138,18 +140,48 @@ def _attempted(index: int) -> dict[str, Any]:
     }
 
 
-def _spread(function: Callable[[Any], Any], tasks: list, processes: int) -> list:
-    """Maps over tasks in processes of their own, or in this one if one is wanted."""
-    if processes == 1:
-        return [function(task) for task in tasks]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        return list(pool.map(function, tasks))
+def chains(quick: bool, on_cpu: bool) -> list[Chain]:
+    """All there is to do, what takes longest first."""
+    rungs = ladder(quick)
+    found: list[Chain] = [[Task("noise", noise.measured)]]
+    if not on_cpu:
+        found.append([Task("gpu", on_gpu.measured)])
+    if quick:
+        return rungs + found
+    long = next(chain for chain in rungs if chain[0].inputs[0].startswith(LONG))
+    # Both look at the same trajectories, which their process keeps.
+    long.append(Task("trajectory", noise.trajectories))
+    found.append([Task("bf16", rungs_bf16.errors, (seed,)) for seed in SEEDS])
+    found += [[Task("mutants", mutant_row, (i,))] for i in range(len(mutation.ALL))]
+    slow = [c for c in rungs if c is not long and RUNGS[c[0].inputs[0]].slow]
+    rest = [c for c in rungs if c is not long and c not in slow]
+    return [
+        long,
+        [Task("real_text", real_text.compare)],
+        *slow,
+        [Task("decode", decoding.measured)],
+        *rest,
+        *found,
+    ]
 
 
-def bf16() -> dict[str, dict[str, float]]:
+def joined(part: str, found: list[Any]) -> Any:
+    """The results of one part from those of its tasks."""
+    if part == "ladder":
+        order = list(RUNGS)
+        return sorted(found, key=lambda row: order.index(row["rung"]))
+    if part == "mutants":
+        dead = sum(row["killed"] for row in found)
+        print(f"{dead} of {len(found)} mutants killed", flush=True)
+        return found
+    if part == "bf16":
+        return _means(found)
+    (only,) = found
+    return only
+
+
+def _means(found: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Mean relative errors over the seeds, of autocast and of each of our variants."""
-    found = [rungs_bf16.errors(seed) for seed in SEEDS]
     return {
         side: {
             kind: float(np.mean([errors[side][kind] for errors in found]))
@@ -159,12 +191,40 @@ def bf16() -> dict[str, dict[str, float]]:
     }
 
 
+def measured(todo: list[Chain], processes: int) -> Iterator[tuple[str, Any]]:
+    """Runs the chains; yields a part and its results as soon as all of it is there."""
+    left = Counter(task.part for chain in todo for task in chain)
+    found: dict[str, dict[tuple[int, int], Any]] = {part: {} for part in left}
+    for number, results in _spread(todo, processes):
+        for at, (task, result) in enumerate(zip(todo[number], results, strict=True)):
+            found[task.part][number, at] = result
+            if len(found[task.part]) == left[task.part]:
+                in_order = [found[task.part][key] for key in sorted(found[task.part])]
+                yield task.part, joined(task.part, in_order)
+
+
+def _spread(todo: list[Chain], processes: int) -> Iterator[tuple[int, list[Any]]]:
+    """Runs chains in processes of their own, or in this one if one is wanted."""
+    if processes == 1:
+        yield from ((number, _run(chain)) for number, chain in enumerate(todo))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        futures = {pool.submit(_run, chain): i for i, chain in enumerate(todo)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def _run(chain: Chain) -> list[Any]:
+    return [task.run(*task.inputs) for task in chain]
+
+
 def main() -> None:
     """Parses the command line, measures, writes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, nothing slow")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "docs", help="folder to write to (docs)"
+        "--out", type=Path, help="folder to write to (docs; runs/parity if quick)"
     )
     parser.add_argument(
         "--part", choices=PARTS, help="measure this part only and keep the others"
@@ -175,65 +235,47 @@ def main() -> None:
         default=min(4, len(os.sched_getaffinity(0))) if on_cpu else 1,
     )  # fmt: skip
     args = parser.parse_args()
-    folder = args.out / "parity"
+    # One seed is no reason to overwrite what five have shown.
+    out = args.out or ROOT / ("runs/parity" if args.quick else "docs")
+    folder = out / "parity"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "parity.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    results: dict[str, Any] = {}
+    if args.part and file.is_file():
+        results = json.loads(file.read_text())["parts"]
     began, env = time.perf_counter(), environment()
-
-    parts: dict[str, Callable[[], Any]] = {
-        "ladder": lambda: ladder(args.quick, args.processes),
-        "noise": noise.measured,
-    }
-    if not args.quick:
-        parts |= {
-            "bf16": bf16,
-            "trajectory": noise.trajectories,
-            "mutants": lambda: mutants(args.processes),
-            "real_text": real_text.compare,
-        }
-    if not on_cpu:
-        parts["gpu"] = on_gpu.measured
-    results: dict[str, Any] = dict(before.get("parts", {}))
-    for name, run in parts.items():
-        if args.quick and not args.part and name == "ladder" and name in results:
-            # A quick run replaces the rungs it measured and keeps the others.
-            results[name] = _merged(results[name], run(), env["commit"])
-            continue
-        if args.part not in (None, name):
-            continue
-        results[name] = {"commit": env["commit"], "results": run()}
-        # After every part: a run that is cut off has written what it knows.
-        _write(file, {"environment": env, "parts": results})
-    _write(file, {"environment": env, "parts": results})
-    plots.draw(folder, results)
-    (args.out / "parity.md").write_text(page(env, results))
-    rows = results["ladder"]["results"]
-    failed = [f"{row['rung']} {row['precision']}" for row in rows if not row["passed"]]
-    print(f"{time.perf_counter() - began:.0f} s; failed: {', '.join(failed) or 'none'}")
-    alive = [
-        row["name"]
-        for row in results.get("mutants", {}).get("results", [])
-        if not row["killed"]
+    todo = [
+        [task for task in chain if args.part in (None, task.part)]
+        for chain in chains(args.quick, on_cpu)
     ]
-    if alive:
-        print(f"mutants that survive: {', '.join(alive)}")
+    todo = [chain for chain in todo if chain]
+    if not todo:
+        parser.error(
+            f"--part {args.part} needs "
+            + ("a GPU" if args.part == "gpu" else "a run without --quick")
+        )
+    for name, found in measured(todo, args.processes):
+        results[name] = {"commit": env["commit"], "results": found}
+        # After every part: a run that is cut off has written what it knows.
+        file.write_text(
+            json.dumps({"environment": env, "parts": results}, indent=1) + "\n"
+        )
+    plots.draw(folder, results)
+    (out / "parity.md").write_text(page(env, results))
+    print(f"{time.perf_counter() - began:.0f} s; wrote {out / 'parity.md'}")
+    _judge(results)
+
+
+def _judge(results: dict[str, Any]) -> None:
+    """Ends the process with 1 if a rung fails or a mutant survives."""
+    rows = results.get("ladder", {}).get("results", [])
+    failed = [f"{row['rung']} {row['precision']}" for row in rows if not row["passed"]]
+    rows = results.get("mutants", {}).get("results", [])
+    alive = [row["name"] for row in rows if not row["killed"]]
+    print(f"rungs that fail: {', '.join(failed) or 'none'}")
+    print(f"mutants that survive: {', '.join(alive) or 'none'}")
     if failed or alive:
         raise SystemExit(1)
-
-
-def _merged(old: dict, rows: list[dict], commit: str) -> dict:
-    new = {(row["rung"], row["precision"]): row for row in rows}
-    kept = [
-        new.pop((row["rung"], row["precision"]), row)
-        for row in old["results"]
-        if row["rung"] in RUNGS
-    ]
-    return {"commit": commit, "results": [*kept, *new.values()]}
-
-
-def _write(file: Path, values: dict) -> None:
-    file.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _git(*arguments: str) -> str:

@@ -21,9 +21,15 @@ VARIANTS: dict[str, dict] = {
     "residual bfloat16": {"residual_dtype": "bfloat16"},
     "residual float32, fused": {"residual_dtype": "float32", "layer": "fused"},
     "residual bfloat16, fused": {"residual_dtype": "bfloat16", "layer": "fused"},
-}
+    "residual float32, fused, bfloat16 logits": {
+        "residual_dtype": "float32", "layer": "fused", "cross_entropy": "chunked",
+        "logits_dtype": "bfloat16",
+    },
+}  # fmt: skip
 CHOSEN = "residual float32"
-"""What "auto" resolves to; the gates hold for it. The others are measured beside it."""
+"""What "auto" resolves to, on a GPU in the fused form; the gates hold for both. The
+others are measured beside them."""
+GATED = (CHOSEN, f"{CHOSEN}, fused")
 LENGTH = 128
 
 
@@ -52,9 +58,10 @@ def errors(
 def forward_and_gradients(precision: Precision, seed: int) -> Pairs:
     """Our error over autocast's, seed by seed."""
     del precision
-    found = errors(seed, (CHOSEN,))
+    found = errors(seed, GATED)
     return {
-        kind: (found[CHOSEN][kind] / found["autocast"][kind], 0.0)
+        f"{variant}: {kind}": (found[variant][kind] / found["autocast"][kind], 0.0)
+        for variant in GATED
         for kind in ("logits", "gradients")
     }
 
