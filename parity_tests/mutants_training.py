@@ -103,6 +103,8 @@ TRAINING = (
            '"step": step + good.astype(jnp.int32)', "skipped"),
     Mutant("one dropout for all micro-batches", _GRADS,
            "jax.random.fold_in(key, index)", "key", "dropout"),
+    Mutant("another dropout where there is one micro-batch", _GRADS,
+           "micro, per_A[0], 0)", "micro, per_A[0], 1)", "dropout"),
     Mutant("one dropout for all steps", _GRADS,
            "jax.random.fold_in(jax.random.key(config.train.seed), step)",
            "jax.random.key(config.train.seed)", "dropout"),
@@ -111,6 +113,8 @@ TRAINING = (
            'jnp.sum(jnp.ones_like(micro["loss_mask"], jnp.int32))', "evaluation"),
     Mutant("a step ignores segments", "train.step:summed_loss",
            'micro.get("segment_ids")', "None", "document gradients"),
+    Mutant("a step ignores positions", "train.step:summed_loss",
+           'micro.get("positions")', "None", "document gradients"),
     Mutant("nothing to learn from is a NaN", _GRADS,
            "jnp.maximum(jnp.sum(counts_A), 1)", "jnp.sum(counts_A)", "accumulation"),
     # Conversion
@@ -163,6 +167,14 @@ TRAINING = (
            "_padded(tokens[:-1]", "rows"),
     Mutant("one padded target bears loss", "data.batches:_shifted", "loss_mask[:n]",
            "loss_mask[: n + 1]", "rows"),
+    Mutant("batches overlap", "data.batches:Batches.read",
+           "int(step) * self.batch_size", "int(step)", "rows"),
+    Mutant("one order for all seeds", "data.batches:endless_rows", "seed(seed)",
+           "seed(0)", "rows"),
+    Mutant("one order for all epochs", "data.batches:endless_rows", ").repeat()",
+           ").repeat(reseed_each_epoch=False)", "rows"),
+    Mutant("equal shares of a mixture", "data.batches:endless_rows",
+           "mix(parts, weights)", "mix(parts)", "rows"),
     Mutant("positions run on", _PACKED, "np.arange(n) - starts", "np.arange(n)",
            "rows"),
     Mutant("first token of a document bears loss", _PACKED,
@@ -172,9 +184,9 @@ TRAINING = (
 EQUIVALENT: dict[str, str] = {
     "positions that go on over the documents of a row": (
         "Rotary attention sees differences of positions alone, and isolated documents "
-        "see none but their own: 'documents' reads the same to the last digits. That "
-        "positions restart is pinned in the data, by 'rows', and that given positions "
-        "are used at all by 'cached decode'."
+        "see none but their own. That positions restart is pinned in the data, by "
+        "'rows', and that given positions are used, by 'document gradients' with "
+        "positions two apart and by 'cached decode'."
     ),
     "key/value cache in slots beyond a row's end": (
         "Padding of a shorter prompt is written to the cache, but a query sees slots "

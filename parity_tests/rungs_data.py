@@ -1,8 +1,8 @@
-"""Rungs around the mathematics: weights that travel, rows that arrive."""
+"""Rungs of weights and moments that travel: k_model, Llama, GGUF, safetensors."""
 
-import atexit
 import dataclasses
-import functools
+import importlib
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,14 +20,18 @@ from jaxllm.convert.configs import (
     llama_config,
 )
 from jaxllm.convert.tensors import read_tensors, write_tensors
-from jaxllm.data.batches import Batches
-from jaxllm.data.shards import Manifest, Shard, file_sha256, index_path
-from jaxllm.data.tokenizer import BEGIN_ID, END_ID, train_tokenizer
 from parity_tests import cases, sides
 from parity_tests.cases import TINY
 from parity_tests.compare import Pairs
 from parity_tests.precision import Precision
+from parity_tests.rungs_training import MODERN, REFERENCE
 from torch_ref import k_model
+from torch_ref.ddp_pretrain import make_optimizer
+from torch_ref.run_folder import TRAINER
+
+# A part of two commands, which find it beside them.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+torch_moments = importlib.import_module("torch_moments")
 
 MODELS: dict[str, ModelConfig] = {
     "tied": TINY,
@@ -114,6 +118,39 @@ def _by_torch(path: Path) -> dict[str, np.ndarray]:
     }
 
 
+def moments(precision: Precision, seed: int) -> Pairs:
+    """Adam's moments in the reference trainer's file, and back: by name, every bit."""
+    pairs: Pairs = {}
+    for tied, optim in ((True, REFERENCE), (False, MODERN)):
+        config = dataclasses.replace(TINY, tie_word_embeddings=tied)
+        run = sides.run_config(config, precision.compute(), optim=optim)
+        m, v, params = (cases.spread(config, 3 * seed + i, precision) for i in range(3))
+        opt = {"count": np.int32(7), "m": m, "v": v}
+        model = sides.theirs(params, config, precision)
+        adam = make_optimizer(model, optim, fused=False)
+        with tempfile.TemporaryDirectory() as folder:
+            state = {"step": np.int32(9), "opt": opt}
+            torch_moments.write_trainer(Path(folder), state, run)
+            adam.load_state_dict(
+                torch_moments.load(Path(folder) / TRAINER)["optimizer"]
+            )
+            told, back = torch_moments.read_trainer(Path(folder))
+        where = f"tied={tied}"
+        for ours, theirs in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+            state = cases.to_torch(opt[ours], config)
+            for name, weight in sides.named_parameters(model).items():
+                found = adam.state[weight][theirs].numpy()
+                pairs[f"{where}: {ours} of {name}"] = (state[name], found)
+            again = _leaves(back["opt"][ours]), _leaves(opt[ours])
+            _same(pairs, f"{where}: {ours} back", *again)
+        counts = [int(adam.state[w]["step"]) for w in model.parameters()]
+        pairs[f"{where}: count"] = (counts, [7] * len(counts))
+        pairs[f"{where}: count back"] = (back["opt"]["count"], 7)
+        pairs[f"{where}: step back"] = (back["step"], 9)
+        pairs[f"{where}: run"] = (repr(told), repr(run))
+    return pairs
+
+
 def exported(precision: Precision, seed: int) -> Pairs:
     """Logits of k_model and of stock transformers, built from what convert.py gives."""
     pairs: Pairs = {}
@@ -135,92 +172,6 @@ def exported(precision: Precision, seed: int) -> Pairs:
             there["lm_head.weight"] = there["model.embed_tokens.weight"]
         pairs[f"{name}: llama"] = (mine, _logits(llama, there, tokens))
     return pairs
-
-
-def rows(precision: Precision, seed: int) -> Pairs:
-    """What Batches yields, against rows cut by hand from the same documents."""
-    del precision
-    documents, folder = _data(seed)
-    seq_len = 16
-    begin_text = [[BEGIN_ID, *text] for text in documents]
-    stream = np.concatenate([[*text, END_ID] for text in begin_text])
-    pairs: Pairs = {}
-
-    settings: dict = {"seq_len": seq_len, "batch_size": 1, "shuffle": False}
-    packed = Batches(folder.name, layout="packed", **settings)
-    windows = [
-        stream[start : start + seq_len + 1]
-        for start in range(0, len(stream) - 1, seq_len)
-    ]
-    _rows_pairs(pairs, "packed", packed, windows, seq_len)
-    seed_rows = Batches(folder.name, layout="rows", **settings)
-    cut = [np.array(text[: seq_len + 1]) for text in begin_text]
-    _rows_pairs(pairs, "rows", seed_rows, cut, seq_len)
-
-    isolated = Batches(folder.name, layout="packed", isolate_documents=True, **settings)
-    owner = np.repeat(np.arange(len(documents)), [len(d) + 2 for d in documents])
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    for i, start in enumerate(range(0, len(stream) - 1, seq_len)):
-        row, n = isolated[i], min(seq_len, len(stream) - 1 - start)
-        own = owner[start : start + n + 1]
-        at = np.arange(start, start + n)
-        expected = at - np.maximum(starts[own[:-1]], start)
-        pairs[f"isolated {i} positions"] = (row["positions"][0, :n], expected)
-        same = row["segment_ids"][0, :n, None] == row["segment_ids"][0, None, :n]
-        pairs[f"isolated {i} segments"] = (same, own[:-1, None] == own[None, :-1])
-        pairs[f"isolated {i} mask"] = (row["loss_mask"][0, :n], own[1:] == own[:-1])
-
-    shuffled = Batches(folder.name, layout="rows", seq_len=seq_len, batch_size=1)
-    order = [shuffled[i]["inputs"][0].tobytes() for i in range(len(cut))]
-    plain = [seed_rows[i]["inputs"][0].tobytes() for i in range(len(cut))]
-    indices = np.array([plain.index(row) for row in order])
-    pairs["an epoch has each row once"] = (np.sort(indices), np.arange(len(cut)))
-    return pairs
-
-
-def _rows_pairs(pairs: Pairs, name: str, batches: Batches, rows, seq_len: int) -> None:
-    pairs[f"{name}: count"] = (batches.n_rows, len(rows))
-    pairs[f"{name}: targets"] = (batches.n_tokens, sum(len(r) - 1 for r in rows))
-    for i, row in enumerate(rows):
-        n, got = len(row) - 1, batches[i]
-        pairs[f"{name} {i} inputs"] = (got["inputs"][0, :n], row[:-1])
-        pairs[f"{name} {i} targets"] = (got["targets"][0, :n], row[1:])
-        pairs[f"{name} {i} mask"] = (got["loss_mask"][0], np.arange(seq_len) < n)
-
-
-@functools.cache
-def _data(seed: int) -> tuple[list[list[int]], tempfile.TemporaryDirectory]:
-    """A data folder of 23 documents, written by hand; distinct, some longer than T."""
-    rng = np.random.default_rng((41, seed))
-    documents = [
-        [5 + i, *(5 + rng.integers(0, 200, rng.integers(1, 40))).tolist()]
-        for i in range(23)
-    ]
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    root = Path(folder.name)
-    tokenizer = train_tokenizer(["one two three"], 261)
-    tokenizer.save(root / "tokenizer.json")
-    shards = []
-    (root / "train").mkdir()
-    for number, part in enumerate((documents[:9], documents[9:])):
-        texts = [[BEGIN_ID, *text, END_ID] for text in part]
-        path = root / f"train/{number:05d}.ds"
-        np.concatenate(texts).astype("<u2").tofile(path)
-        np.cumsum([len(t) for t in texts]).astype("<u8").tofile(index_path(path))
-        shards.append(
-            Shard(
-                name=f"train/{number:05d}.ds", documents=len(texts),
-                tokens=sum(map(len, texts)), text_bytes=1, sha256=file_sha256(path),
-                index_sha256=file_sha256(index_path(path)),
-            )
-        )  # fmt: skip
-    manifest = Manifest(
-        tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size,
-        dtype="uint16", splits={"train": shards, "val": []}, sources=[], options={},
-    )  # fmt: skip
-    (root / "manifest.json").write_text(manifest.to_json())
-    return documents, folder
 
 
 def _same(pairs: Pairs, name: str, mine: dict, expected: dict) -> None:

@@ -146,10 +146,11 @@ SHAPES = {
 }  # fmt: skip
 
 
-def of_shape(config: ModelConfig, precision: Precision, seed: int) -> Pairs:
+def of_shape(
+    config: ModelConfig, precision: Precision, seed: int, length: int = 128
+) -> Pairs:
     """Logits, masked loss and every gradient of one network with spread weights."""
     params = cases.spread(config, seed, precision)
-    length = min(128, config.max_seq_len)
     batch = cases.batch(seed, (1, 2, length), config.vocab_size)
     other = sides.theirs(params, config, precision)
     mine = sides.our_logits(params, config, precision, batch["inputs"][0])

@@ -1,4 +1,4 @@
-"""Rungs of every other way through the model: fast forms, documents, cache, dropout.
+"""Rungs of every other way through the model: fast forms, documents, cache, fresh.
 
 Each path has its own code on our side, and the same plain reference on theirs.
 """
@@ -21,6 +21,7 @@ from parity_tests.cases import TINY
 from parity_tests.compare import Pairs
 from parity_tests.oracle import backward
 from parity_tests.precision import Precision
+from torch_ref import k_model
 
 FORMS: dict[str, dict] = {
     "fused layer, one-hot embedding, chunked loss": {
@@ -130,33 +131,48 @@ def documents(precision: Precision, seed: int) -> Pairs:
 
 
 def document_gradients(precision: Precision, seed: int) -> Pairs:
-    """Loss and gradients of packed documents in a step, against each one alone."""
+    """Loss and gradients of packed documents in a step, against each one alone.
+
+    Once more with every second position left out: a rotation sees differences alone, so
+    that positions which merely run on would not be told from those that restart.
+    """
     params = cases.spread(TINY, seed, precision)
     lengths, length = (13, 22, 5), 40
     batch = cases.batch(seed, (1, 1, length), TINY.vocab_size)
     ends = np.cumsum(lengths)
     # The last token of a document predicts nothing; the last row but one is real.
     batch["loss_mask"] = ~np.isin(np.arange(length), ends - 1)[None, None]
-    batch["positions"] = np.concatenate([np.arange(n) for n in lengths])[None, None]
     batch["segment_ids"] = np.repeat(np.arange(1, 4), lengths)[None, None]
-    batch = {
-        name: x if x.dtype == bool else x.astype(np.int32) for name, x in batch.items()
-    }
     run = sides.run_config(TINY, precision.compute(**CPU))
-    mine, grads = sides.our_loss_and_grads(run, precision, params, batch)
-    by_name = cases.to_torch(grads, TINY)
     other = sides.theirs(params, TINY, precision)
-    total = torch.zeros((), dtype=precision.torch_dtype)
-    for start, end in zip(ends - lengths, ends, strict=True):
-        alone = {k: sides.as_torch(x[0, :, start:end]) for k, x in batch.items()}
-        losses = other(alone["inputs"], alone["targets"]).loss
-        total = total + (losses * alone["loss_mask"]).sum()
-    loss = total / int(batch["loss_mask"].sum())
-    loss.backward()
-    pairs: Pairs = {"loss": (mine, loss.detach().numpy())}
-    for name, weight in sides.named_parameters(other).items():
-        assert weight.grad is not None
-        pairs[f"d {name}"] = (by_name[name], weight.grad.numpy())
+    tables = k_model.precompute_freqs_cis(
+        TINY.dim // TINY.n_heads, TINY.max_seq_len, dtype=precision.torch_dtype
+    )
+    pairs: Pairs = {}
+    for apart in (1, 2):
+        positions = np.concatenate([apart * np.arange(n) for n in lengths])
+        batch["positions"] = positions[None, None]
+        batch = {
+            name: x if x.dtype == bool else x.astype(np.int32)
+            for name, x in batch.items()
+        }
+        mine, grads = sides.our_loss_and_grads(run, precision, params, batch)
+        by_name = cases.to_torch(grads, TINY)
+        # The reference knows no positions: its tables are cut instead.
+        other._freqs_cis = (tables[0][::apart], tables[1][::apart])
+        other.zero_grad()
+        total = torch.zeros((), dtype=precision.torch_dtype)
+        for start, end in zip(ends - lengths, ends, strict=True):
+            alone = {k: sides.as_torch(x[0, :, start:end]) for k, x in batch.items()}
+            losses = other(alone["inputs"], alone["targets"]).loss
+            total = total + (losses * alone["loss_mask"]).sum()
+        loss = total / int(batch["loss_mask"].sum())
+        loss.backward()
+        where = f"positions {apart} apart: "
+        pairs[f"{where}loss"] = (mine, loss.detach().numpy())
+        for name, weight in sides.named_parameters(other).items():
+            assert weight.grad is not None
+            pairs[f"{where}d {name}"] = (by_name[name], weight.grad.numpy().copy())
     return pairs
 
 
@@ -203,61 +219,6 @@ def cached(precision: Precision, seed: int) -> Pairs:
     return pairs
 
 
-DROPPED = dataclasses.replace(TINY, dropout=0.2)
-
-
-def dropout(precision: Precision, seed: int) -> Pairs:
-    """Loss and gradients with dropout, the reference dropping by the very same masks.
-
-    The masks are derived here from the keys as model.py and step.py document them: the
-    run's seed, the step, the micro-batch, then embedding, layer, and place in a layer.
-    """
-    params = cases.spread(DROPPED, seed, precision)
-    batch = cases.batch(seed, (2, 2, 20), DROPPED.vocab_size)
-    run = sides.run_config(
-        DROPPED, precision.compute(**CPU), rows=2, accumulate=2, seed=seed
-    )
-    other = sides.theirs(params, DROPPED, precision)
-    pairs: Pairs = {}
-    for at in (0, 5):
-        masks = _Masks(0.2)
-        other.add_module("dropout", masks)
-        for layer in other.layers:
-            layer.add_module("dropout", masks)
-        for micro in range(2):
-            with precision.active():  # which decides how many random bits are drawn
-                masks.queue += _keep_masks(seed, at, micro, (2, 20, TINY.dim))
-        mine, grads = sides.our_loss_and_grads(run, precision, params, batch, at=at)
-        theirs, their_grads = backward(other, batch, "token")
-        assert not masks.queue
-        by_name = cases.to_torch(grads, DROPPED)
-        pairs[f"step {at}: loss"] = (mine, theirs)
-        for tensor, grad in their_grads.items():
-            pairs[f"step {at}: d {tensor}"] = (by_name[tensor], grad.numpy().copy())
-    return pairs
-
-
-class _Masks(torch.nn.Module):
-    """nn.Dropout with masks that are known beforehand, in the order of their use."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate, self.queue = rate, []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Drops by the next mask and scales up what is kept."""
-        return x * self.queue.pop(0) / (1 - self.rate)
-
-
-def _keep_masks(seed: int, at: int, micro: int, shape) -> list[torch.Tensor]:
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), at), micro)
-    first, rest = jax.random.split(key)
-    keys = [first]
-    for layer_key in jax.random.split(rest, DROPPED.n_layers):
-        keys += list(jax.random.split(layer_key))
-    return [torch.tensor(np.asarray(jax.random.bernoulli(k, 0.8, shape))) for k in keys]
-
-
 def init(precision: Precision, seed: int) -> Pairs:
     """The spread of fresh weights: by tensor, its standard deviation and kurtosis."""
     pairs: Pairs = {}
@@ -291,23 +252,30 @@ def init(precision: Precision, seed: int) -> Pairs:
     return pairs
 
 
+EVALUATED = dataclasses.replace(TINY, vocab_size=96)
+ONE, ALL = (1, 1, 1), (2, 2, 2)
+_CHUNKS = {"cross_entropy": "chunked", "loss_chunk": 37}
+
+
 def evaluation(precision: Precision, seed: int) -> Pairs:
-    """eval_step's summed loss, in both forms, and its count of tokens."""
-    params = cases.spread(TINY, seed, precision)
-    batch = cases.batch(seed, (1, 4, 40), TINY.vocab_size)
+    """eval_step's summed loss and its count of tokens: both forms, and on 8 devices."""
+    params = cases.spread(EVALUATED, seed, precision)
+    batch = cases.batch(seed, (1, 4, 40), EVALUATED.vocab_size)
     pairs: Pairs = {}
-    other = sides.theirs(params, TINY, precision)
+    other = sides.theirs(params, EVALUATED, precision)
     with torch.no_grad():
         out = other(*(sides.as_torch(batch[n][0]) for n in ("inputs", "targets")))
         assert out.loss is not None
         total = (out.loss * torch.from_numpy(batch["loss_mask"][0])).sum().numpy()
-    forms: tuple[dict, ...] = ({}, {"cross_entropy": "chunked", "loss_chunk": 37})
-    for changes in forms:
-        run = sides.run_config(TINY, precision.compute(**changes), rows=4)
+    forms: tuple = (("plain", {}, ONE), ("chunked", _CHUNKS, ONE),
+                    ("chunked, 8 devices", _CHUNKS, ALL))  # fmt: skip
+    for form, changes, devices in forms:
+        run = sides.run_config(EVALUATED, precision.compute(**changes), rows=4)
         with precision.active():
-            program = sides.program(run, 10, (1, 1, 1))
-            loss, count = map(np.asarray, program.eval_step(params, batch))
-        form = changes.get("cross_entropy", "plain")
+            program = sides.program(run, 10, devices)
+            layout = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+            placed = jax.device_put(params, layout["params"])
+            loss, count = map(np.asarray, program.eval_step(placed, batch))
         pairs[f"{form}: summed loss"] = (loss, total)
         pairs[f"{form}: tokens"] = (count, batch["loss_mask"].sum())
     return pairs

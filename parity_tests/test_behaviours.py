@@ -13,7 +13,7 @@ from jaxllm.convert import from_state_dict
 from jaxllm.data.batches import Batches
 from jaxllm.presets import PRESETS, preset
 from jaxllm.train import optim as ours_optim
-from parity_tests import cases, rungs_data, sides
+from parity_tests import cases, rungs_rows, sides
 from parity_tests.cases import TINY
 from parity_tests.precision import FP32, FP64
 from torch_ref import ddp_pretrain, run_folder
@@ -171,7 +171,7 @@ def test_weights_load_strictly_and_without_pickle(tmp_path):
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused_by_both_numbers():
-    _, folder = rungs_data._data(0)
+    _, folder = rungs_rows.folder_of(0)
     with pytest.raises(ValueError, match=r"261.*97|97.*261"):
         Batches(
             folder.name, seq_len=16, batch_size=2, vocab_size=TINY.vocab_size

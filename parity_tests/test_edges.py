@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.extend.core import jaxpr_as_fun
 
+from jaxllm.guard import GuardConfig
 from jaxllm.kernels.attention import attention
-from jaxllm.kernels.cross_entropy import cross_entropy
+from jaxllm.kernels.cross_entropy import _statistics, cross_entropy
+from jaxllm.score import Scorer
 from jaxllm.train import optim, step
 from parity_tests import cases, sides
 from parity_tests.cases import TINY
@@ -35,6 +38,32 @@ def test_a_loss_or_a_gradient_alone_can_spoil_a_step(monkeypatch, loss, grad, go
     assert (moved, int(metrics["skipped"]) == 0) == (good, good)
     assert int(after["opt"]["count"]) == int(good)
     assert int(after["step"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad", "good"), [(2.1, 1.05, True), (20.0, 1.0, False), (2.0, 9.0, False)]
+)
+def test_a_spike_is_skipped_where_the_run_has_a_guard(monkeypatch, loss, grad, good):
+    params = {"norm": {"weight": jnp.ones(1)}}
+    grads = {"norm": {"weight": jnp.array([grad])}}
+    monkeypatch.setattr(step, "loss_and_grads", lambda *_: (jnp.float32(loss), grads))
+    config = dataclasses.replace(
+        sides.run_config(TINY, FP32.compute()), guard=GuardConfig(spike_factor=10.0)
+    )
+    # 64 steps of loss 2 and norm 1: the least deviations, 2 and 10 percent, decide.
+    logs = jnp.log(jnp.array([[2.0], [1.0]])) * jnp.ones((2, 64))
+    state = {
+        "step": jnp.int32(70), "params": params, "opt": optim.init(params),
+        "guard": {"seen": jnp.int32(64), "logs": logs},
+    }  # fmt: skip
+    batch = {"loss_mask": np.ones((1, 1, 4), bool)}
+    after, metrics = step.update_state(config, None, state, batch, total_steps=99)
+    moved = float(after["params"]["norm"]["weight"][0]) != 1.0
+    assert (moved, int(metrics["skipped"]) == 0) == (good, good)
+    assert float(metrics["loss_bound"]) == pytest.approx(2 * np.exp(0.2), rel=1e-5)
+    assert float(metrics["grad_norm_bound"]) == pytest.approx(np.exp(1.0), rel=1e-5)
+    assert int(after["guard"]["seen"]) == 65
+    assert float(after["guard"]["logs"][0, -1]) == pytest.approx(np.log(loss))
 
 
 def test_more_tokens_than_max_seq_len_are_refused_by_both():
@@ -94,6 +123,92 @@ def test_a_gpus_single_pass_over_the_logits_has_the_same_loss_and_gradients(
         "dhead": (mine[1][1], b.grad.numpy()),
     }
     assert_within(pairs, 1e-14, "relative L2")
+
+
+def test_the_single_pass_begins_with_what_changes_nothing(monkeypatch):
+    """A GPU fills its reductions up with it, a CPU does not: read off the program."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *x, cuda, default: cuda(*x)
+    )
+    inputs = jnp.ones((2, 3)), jnp.ones((2, 3), bool)
+    equations = jax.make_jaxpr(_statistics)(*inputs).jaxpr.eqns
+    (reduction,) = [e for e in equations if e.primitive.name == "reduce"]
+    combine = jaxpr_as_fun(reduction.params["jaxpr"])
+    start, value = (-jnp.inf, 0.0, 0.0), (1.5, 2.0, 0.5)
+    for a, b, expected in (
+        (start, start, start), (start, value, value), (value, start, value)
+    ):  # fmt: skip
+        assert tuple(map(float, combine(*map(jnp.float32, (*a, *b))))) == expected
+
+
+@pytest.mark.parametrize("form", ["plain", "chunked", "a GPU's chunked"])
+@pytest.mark.parametrize("offset", [-300.0, 300.0])
+def test_logits_beyond_the_range_of_exp_do_no_harm(monkeypatch, form, offset):
+    """In float32 exp(89) is infinite. Measured 5e-6: the last place of 300."""
+    if "GPU" in form:
+        monkeypatch.setattr(
+            jax.lax, "platform_dependent", lambda *x, cuda, default: cuda(*x)
+        )
+    rng = np.random.default_rng(7)
+    h, head = rng.standard_normal((9, 8)), rng.standard_normal((31, 8))
+    h[:, 0], head[:, 0] = offset, 1.0
+    targets, mask = rng.integers(0, 31, 9), np.ones(9, bool)
+    floats = (jnp.asarray(x, jnp.float32) for x in (h, head))
+    inputs = *floats, jnp.asarray(targets), jnp.asarray(mask)
+    run = functools.partial(cross_entropy, implementation=form.split()[-1], chunk=4)
+    loss, grads = jax.value_and_grad(run, (0, 1))(*inputs)
+    a, b = (torch.tensor(np.asarray(x), dtype=torch.float64) for x in inputs[:2])
+    a, b = a.requires_grad_(), b.requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        a @ b.T, torch.tensor(targets), reduction="sum"
+    )
+    expected.backward()
+    assert a.grad is not None and b.grad is not None
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-4)
+    for mine, theirs in zip(grads, (a.grad, b.grad), strict=True):
+        assert_within({"grad": (mine, theirs.numpy())}, 1e-4, "relative L2")
+
+
+@pytest.mark.parametrize("form", ["plain", "blocked"])
+@pytest.mark.parametrize("offset", [-300.0, 300.0])
+def test_scores_beyond_the_range_of_exp_do_no_harm(form, offset):
+    rng = np.random.default_rng(8)
+    q, k, v = (rng.standard_normal((2, 70, heads, 4)) for heads in (4, 2, 2))
+    q[..., 0], k[..., 0] = 2 * offset, 1.0  # over the root of 4 that is the offset
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+
+    @jax.jit
+    def run(*inputs):
+        f = functools.partial(attention, implementation=form)
+        out, pull = jax.vjp(f, *inputs)
+        return out, *pull(jnp.ones_like(out))
+
+    a, b, c = (torch.tensor(x).double().requires_grad_() for x in (q, k, v))
+    x, y, z = (tensor.transpose(1, 2) for tensor in (a, b, c))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        x, y, z, is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    expected.sum().backward()
+    out, *_, dv = run(q, k, v)
+    assert c.grad is not None
+    pairs = {"out": (out, expected.detach().numpy()), "dv": (dv, c.grad.numpy())}
+    assert_within(pairs, 1e-4, "relative L2")
+
+
+def test_scores_of_given_text_are_its_log_probabilities():
+    params = cases.spread(TINY, 1, FP64)
+    graphdef = sides.ours(sides.run_config(TINY, FP64.compute())).graphdef
+    text = cases.text(2, (3, TINY.max_seq_len + 1), TINY.vocab_size)
+    rows = [row[:n] for row, n in zip(text, (2, 18, 49), strict=True)]
+    with FP64.active():
+        scored = Scorer(graphdef, jax.tree.map(jnp.asarray, params)).score(rows)
+    model = sides.theirs(params, TINY, FP64)
+    for row, (log_p, best) in zip(rows, scored, strict=True):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(row[None, :-1])).logits[0]
+        expected = logits.log_softmax(-1).numpy()[np.arange(len(row) - 1), row[1:]]
+        assert_within({"log p": (log_p, expected)}, 1e-12, "absolute")
+        assert np.array_equal(best, logits.argmax(-1).numpy() == row[1:])
 
 
 def test_what_cudnn_is_asked_for_is_causal_attention_with_grouped_heads(monkeypatch):

@@ -13,7 +13,12 @@ import transformers
 from jaxllm.config import ModelConfig
 from jaxllm.convert import to_state_dict
 from jaxllm.convert.compare import compare_logits
-from jaxllm.convert.configs import config_from, llama_config
+from jaxllm.convert.configs import (
+    config_from,
+    generation_config,
+    k_model_config,
+    llama_config,
+)
 from jaxllm.convert.export import round_params, write_export
 from jaxllm.convert.gguf_file import read_gguf
 from jaxllm.convert.load import cast_tree, params_from, read_config, read_params
@@ -129,6 +134,19 @@ def test_what_a_llama_does_not_say_is_what_transformers_takes():
     newer = {"rope_type": "default", "rope_theta": 78.0}
     newer = {"model_type": "llama", **sizes, "rope_parameters": newer}
     assert config_from(newer)[1].rope_theta == 78.0
+
+
+def test_documents_begin_and_end_with_the_same_ids_everywhere():
+    """And the end, which pads elsewhere, stays a row that is trained."""
+    for config in (llama_config(CONFIG), k_model_config(CONFIG), generation_config()):
+        assert (config["bos_token_id"], config["eos_token_id"]) == (BEGIN_ID, END_ID)
+    assert (BEGIN_ID, END_ID) == (3, 4)
+    assert generation_config()["pad_token_id"] == END_ID
+    stock = transformers.LlamaConfig.from_dict(llama_config(CONFIG))
+    embedding = transformers.LlamaForCausalLM(stock).get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding) and embedding.padding_idx is None
+    told = dataclasses.replace(CONFIG, dropout=0.1, init="reference")
+    assert config_from(k_model_config(told)) == ("k_model", told)
 
 
 @pytest.mark.parametrize(

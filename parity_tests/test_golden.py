@@ -9,6 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
+from jaxllm.config import ModelConfig
 from jaxllm.model import Transformer
 from jaxllm.presets import preset
 from jaxllm.train import optim
@@ -90,6 +91,19 @@ def test_parameters_are_counted_on_the_real_shapes_of_both_sides(name, count):
     with torch.device("meta"):
         theirs = k_model.Transformer(reference_config(config.model)).num_parameters()
     assert ours == theirs == config.model.n_params == count
+
+
+def test_both_derive_the_same_widths_of_hidden_layer_and_head():
+    for dim in (2, 30, 64, 100, 446, 768, 1000, 1024, 1536):
+        for multiple_of in (1, 2, 7, 64, 256):
+            config = ModelConfig(dim=dim, n_heads=1, n_kv_heads=1,
+                                 multiple_of=multiple_of)  # fmt: skip
+            other = k_model.ModelConfig(dim=dim, n_heads=1, multiple_of=multiple_of)
+            assert config.hidden_dim == other.hidden_dim, (dim, multiple_of)
+            assert config.head_dim == other.head_dim == dim
+    # 2 (4 dim) / 3 = 2666.7 is cut off before it is rounded up.
+    config = ModelConfig(dim=1000, n_heads=1, n_kv_heads=1, multiple_of=1)
+    assert config.hidden_dim == 2666
 
 
 def test_the_reference_preset_is_the_seeds_recipe():
