@@ -20,7 +20,8 @@ class ComputeConfig:
     residual_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = (
         "auto"
     )
-    """Dtype of the residual stream; auto follows the measured choice in docs."""
+    """Dtype of the residual stream; auto is at least float32, unless goal is lean. In
+    the fused layer its gradient has the compute dtype."""
     attention: Literal["auto", "plain", "blocked", "cudnn"] = "auto"
     """Attention kernel; auto is cuDNN for 16-bit on Ampere or newer, blocked on a CPU,
     else plain."""
@@ -35,12 +36,14 @@ class ComputeConfig:
     """Tokens a chunk of the chunked loss."""
     unroll: int = 0
     """Decoder layers unrolled per loop turn; 0 is all of them, on a CPU up to 8."""
-    remat: Literal["none", "products", "layer"] = "none"
+    goal: Literal["accurate", "lean"] = "accurate"
+    """What the autos above and below aim at on a GPU with bfloat16: accurate is no
+    further from the truth than PyTorch's autocast; lean moves less memory and keeps
+    less, with stream and logits in bfloat16 and remat=products."""
+    remat: Literal["auto", "none", "products", "layer"] = "auto"
     """What the backward pass recomputes: nothing; all but the matrix products; whole
-    layers. Later ones need less memory and more time."""
-    remat_up: int = 0
-    """With remat=products: decoder layers, from the first, whose up projection is
-    computed again too. Each saves hidden_dim values a token for that product's time."""
+    layers. Later ones need less memory and more time; auto is none where goal is
+    accurate."""
     gemm: Literal["auto", "cublas", "triton"] = "auto"
     """Matrix products on a GPU: cuBLAS alone, which adds them to the residual stream
     in one go, or XLA's Triton kernels too, the faster of the two; auto is cublas
@@ -55,12 +58,6 @@ class ComputeConfig:
         require_choices("compute", self)
         require_int("compute.loss_chunk", self.loss_chunk, at_least=1)
         require_int("compute.unroll", self.unroll, at_least=0)
-        require_int("compute.remat_up", self.remat_up, at_least=0)
-        if self.remat_up and self.remat != "products":
-            raise ValueError(
-                f"compute.remat_up={self.remat_up} needs compute.remat=products, "
-                f"and it is {self.remat}"
-            )
 
     def resolve(
         self,
@@ -79,9 +76,9 @@ class ComputeConfig:
         compute = self.compute_dtype
         if compute == "auto":
             compute = "bfloat16" if ampere else "float32"
-        residual = self.residual_dtype
-        if residual == "auto":
-            residual = "float64" if compute == "float64" else "float32"
+        wide = "float64" if compute == "float64" else "float32"
+        lean = self.goal == "lean" and platform == "gpu" and compute == "bfloat16"
+        residual = logits = "bfloat16" if lean else wide
         half = compute in ("bfloat16", "float16")
         attention = "blocked" if cpu else "plain"
         if ampere and half:
@@ -91,7 +88,6 @@ class ComputeConfig:
         if layer == "auto":
             layer = "fused" if fused else "plain"
         loss = "chunked" if platform == "gpu" else "plain"
-        logits = "float64" if compute == "float64" else "float32"
         gemm = "cublas" if layer == "fused" else "triton"
         embedding = "plain"
         if platform == "gpu":
@@ -99,10 +95,15 @@ class ComputeConfig:
         return dataclasses.replace(
             self,
             compute_dtype=compute,
-            residual_dtype=residual,
+            residual_dtype=(
+                residual if self.residual_dtype == "auto" else self.residual_dtype
+            ),
             attention=attention if self.attention == "auto" else self.attention,
             layer=layer,
             embedding=embedding if self.embedding == "auto" else self.embedding,
+            remat=(
+                ("products" if lean else "none") if self.remat == "auto" else self.remat
+            ),
             gemm=gemm if self.gemm == "auto" else self.gemm,
             logits_dtype=logits if self.logits_dtype == "auto" else self.logits_dtype,
             cross_entropy=loss if self.cross_entropy == "auto" else self.cross_entropy,

@@ -159,13 +159,13 @@ class DecoderLayer(nnx.Module):
         self.ffn_norm = norm()
 
     def __call__(
-        self, h_BTD, freqs_cos, freqs_sin, *, dropout_key=None, keep_up=True,
+        self, h_BTD, freqs_cos, freqs_sin, *, dropout_key=None, fullest=False,
         **attention_inputs,
     ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
         """Returns the residual stream after the layer, and the layer's cache."""
         plain_rows = all(x is None for x in attention_inputs.values())
         if self.compute.layer == "fused" and plain_rows and dropout_key is None:
-            h_BTD = fused_layer(self, h_BTD, freqs_cos, freqs_sin, keep_up=keep_up)
+            h_BTD = fused_layer(self, h_BTD, freqs_cos, freqs_sin, fullest=fullest)
             return h_BTD, None
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         out_BTD, cache = self.attention(
@@ -232,6 +232,7 @@ class Transformer(nnx.Module):
         h_BTD = embed(
             self.tok_embeddings.embedding[...], tokens_BT,
             dtype=self.compute.residual_dtype, implementation=self.compute.embedding,
+            grad_dtype=self.compute.compute_dtype,
         )  # fmt: skip
         keys = None
         if dropout_key is not None and self.config.dropout:
@@ -239,11 +240,11 @@ class Transformer(nnx.Module):
             h_BTD = _dropout(h_BTD, self.config.dropout, first)
             keys = jax.random.split(rest, n_layers)
 
-        def body(h_BTD, inputs, *, keep_up=True):
+        def body(h_BTD, inputs, *, fullest=False):
             layer, key, layer_cache = inputs
             return layer(
                 h_BTD, freqs_cos, freqs_sin, dropout_key=key, cache=layer_cache,
-                segment_ids_BT=segment_ids_BT, keep_up=keep_up,
+                segment_ids_BT=segment_ids_BT, fullest=fullest,
                 positions_BT=None if cache is None else positions_BT,
             )  # fmt: skip
 

@@ -30,10 +30,9 @@ FORMS: dict[str, dict] = {
     },
     "fused layer unrolled, sorted embedding, remat": {
         "layer": "fused", "embedding": "sorted", "remat": "products", "unroll": 2,
-        "remat_up": 1,
     },
     "remat of products, rows embedding, one chunk": {
-        "remat": "products", "remat_up": 1, "embedding": "rows",
+        "remat": "products", "embedding": "rows",
         "cross_entropy": "chunked",
     },
     "remat of layers, fused, even chunks": {

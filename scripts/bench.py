@@ -7,9 +7,9 @@
     python scripts/bench.py --data --megabytes 400   preparing data and reading it
     python scripts/bench.py --table                  docs/benchmarks.md from the records
 
-Needs no data and no installation: a checkout with jax, flax, numpy, torch and
-transformers will do (--data needs the installation). Every side runs in processes of
-its own, which take turns.
+Needs no data and no installation: a checkout with jax, flax, numpy and torch will do
+(--data needs the installation). Every side runs in processes of its own, which take
+turns.
 """
 
 import argparse
@@ -235,19 +235,21 @@ def probe(bench: Bench) -> None:
     """Runs the eight probes, each job a process; keeps every item as it comes."""
     bench.record["items"] = []
     wanted = bench.args.jobs or list(JOBS)
-    for job in wanted:
-        name, limit_s = JOBS[job]
-        if bench.left_s() < 15:
+    # Programs that several jobs compile are compiled once.
+    env = bench.env | {"JAX_COMPILATION_CACHE_DIR": str(bench.caches / "jax")}
+    for number, job in enumerate(wanted):
+        name, _ = JOBS[job]
+        if bench.left_s() < 5:
             bench.fail(job, Failed("no time left in --budget_s"))
             continue
-        until = time.perf_counter() + min(limit_s, bench.left_s())
+        until = time.perf_counter() + share_s(wanted[number:], bench.left_s())
         print(f"{name}: {job}", flush=True)
         spec = {
             "job": job, "shape": bench.args.shape, "threads": bench.args.threads,
             "device": "cuda" if bench.gpu else "cpu",
         }  # fmt: skip
         side = job.split("_")[1]
-        with Worker(f"bench_probe_{side}.py", spec, bench.env) as worker:
+        with Worker(f"bench_probe_{side}.py", spec, env) as worker:
             try:
                 while item := worker.hear(until - time.perf_counter()):
                     bench.record["items"].append({"probe": name, "job": job, **item})
@@ -260,6 +262,15 @@ def probe(bench: Bench) -> None:
         items = [item for item in bench.record["items"] if item["job"] == job]
         print(probe_table(items), flush=True)
     bench.save()
+
+
+def share_s(jobs: list[str], left_s: float) -> float:
+    """Seconds for the first of `jobs`, so that all of them get some of what is left.
+
+    Its limit if there is room for all limits; what it does not use is the others'.
+    """
+    limits = [JOBS[job][1] for job in jobs]
+    return limits[0] * min(1.0, left_s / sum(limits))
 
 
 def data(args: argparse.Namespace) -> int:

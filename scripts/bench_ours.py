@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from bench_common import (  # isort: skip
     TOTAL_STEPS,
     make_batches,
-    peak_rss_bytes,
     read_spec,
     restrict_threads,
     run_config,
     serve,
     timed_blocks,
 )
+from jaxllm.train.device import peak_bytes  # isort: skip
 from jaxllm.train.sharding import make_mesh  # isort: skip
 from jaxllm.train.step import build  # isort: skip
 
@@ -114,17 +114,12 @@ class Worker:
         """Times the step."""
         assert self.stepper is not None
         ms = timed_blocks(self.stepper.run, blocks, steps)
-        return {"ms": ms, "loss": self.stepper.loss, "peak_bytes": peak_bytes()}
+        peak = peak_bytes(jax.devices()[:1])
+        return {"ms": ms, "loss": self.stepper.loss, "peak_bytes": peak}
 
     def matmul(self) -> dict[str, Any]:
         """The rate of a large product in the dtype that the device trains in."""
         return {"flops_per_s": matmul_rate()}
-
-
-def peak_bytes() -> int:
-    """The device's peak memory; on a CPU the process's."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return int(stats.get("peak_bytes_in_use") or peak_rss_bytes())
 
 
 def matmul_rate(repeats: int = 20) -> float:

@@ -17,10 +17,12 @@ from bench_common import (  # isort: skip
     median,
     read_spec,
     restrict_threads,
+    run_config,
     timed_blocks,
     token_ids,
 )
 from bench_probe import PASSES, Item, measure, products, timed  # isort: skip
+from jaxllm.train.step import resolve_compute  # isort: skip
 
 
 class Ours:
@@ -150,15 +152,20 @@ class Ours:
 
     def step(self) -> Iterator[Item]:
         """The train step as chosen, scanned, unrolled, and with other choices."""
-        n = self.model.n_layers
         variants: list[dict[str, Any]] = [
-            {}, {"unroll": 1}, {"unroll": n}, {"layer": "plain"}, {"layer": "fused"},
-            {"cross_entropy": "plain"}, {"cross_entropy": "chunked"},
-            {"residual_dtype": "bfloat16"}, {"remat": "products"},
+            {}, {"unroll": 1}, {"goal": "lean"}, {"residual_dtype": "bfloat16"},
+            {"remat": "products"}, {"layer": "plain"}, {"gemm": "triton"},
+            {"loss_chunk": 8192}, {"loss_chunk": 16384}, {"cross_entropy": "plain"},
+            {"cross_entropy": "chunked"}, {"layer": "fused"},
+            {"unroll": self.model.n_layers},
         ]  # fmt: skip
-        if self.gpu:
-            variants += [{"loss_chunk": 8192}, {"loss_chunk": 16384}]
+        device, seen = jax.devices()[0], set()
         for variant in variants:
+            config = run_config(self.shape, self.batch, compute=variant)
+            resolved = resolve_compute(config, device)
+            if resolved in seen:  # what is chosen anyway
+                continue
+            seen.add(resolved)
             name = ", ".join(f"{k}={v}" for k, v in variant.items()) or "as chosen"
             yield name, functools.partial(self.time_step, compute=variant)
 
@@ -204,7 +211,7 @@ class Ours:
         """The step under other compiler options."""
         gpu_options: list[dict[str, Any]] = [
             {},
-            {"xla_gpu_enable_triton_gemm": False},
+            {"xla_gpu_enable_triton_gemm": True},
             {"xla_gpu_enable_latency_hiding_scheduler": True},
             {"xla_disable_hlo_passes": "rematerialization"},
             {"xla_gpu_cudnn_gemm_fusion_level": 2},

@@ -17,7 +17,10 @@ from bench_common import (  # isort: skip
     serve,
     timed_blocks,
 )
-from torch_ref import ddp_pretrain as ref  # isort: skip
+from bench_transformers import stand_in  # isort: skip
+
+stand_in()
+from torch_ref import ddp_pretrain as ref  # noqa: E402  # isort: skip
 
 
 class Stepper:

@@ -15,61 +15,90 @@ import json
 import logging
 import sys
 
+from jaxllm.config import ComputeConfig, RunConfig
+from jaxllm.fields import from_dict
 from jaxllm.plan import report
 from jaxllm.plan.compile import Plan, plan, with_batch
 from jaxllm.plan.targets import TARGETS
 from jaxllm.presets import PRESETS, preset
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--target", choices=[*TARGETS, "cpu"], default="h100")
-    parser.add_argument("--preset", choices=list(PRESETS), default="k-215m")
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--batch", type=int, help="rows a device and step")
-    parser.add_argument("--accumulate", type=int, help="micro-batches of a step")
-    parser.add_argument(
-        "--compute", action="append", default=[], metavar="FIELD=VALUE",
-        help="a field of the compute configuration, such as remat=products",
-    )  # fmt: skip
-    parser.add_argument(
-        "--largest",
-        action="store_true",
-        help="search the largest micro-batch that fits",
-    )
-    parser.add_argument("--heaviest", type=int, default=0, help="list so many kernels")
-    parser.add_argument("--json", help="write the figures here too")
-    args = parser.parse_args()
-    logging.getLogger("jax").setLevel(logging.ERROR)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
 
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(
+        prog="plan.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--target", choices=[*TARGETS, "cpu"], default="h100")
+    add("--preset", choices=list(PRESETS), default="k-215m")
+    add("--devices", type=int, default=1, help="1 to 8, or nodes of 8")
+    add("--batch", type=int, help="rows a device and step")
+    add("--accumulate", type=int, help="micro-batches of a step")
+    add("--compute", action="append", default=[], metavar="FIELD=VALUE",
+        help="a field of the compute configuration, such as goal=lean")  # fmt: skip
+    add("--largest", action="store_true",
+        help="compile until the largest micro-batch that fits is found")  # fmt: skip
+    add("--heaviest", type=int, default=0, help="list so many kernels")
+    add("--json", help="write the figures here too")
+    return parser
+
+
+def planned(args: argparse.Namespace) -> RunConfig:
+    """The run that the command line asks for.
+
+    Raises: ValueError naming what cannot be.
+    """
+    for name in ("devices", "batch", "accumulate"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+    if args.devices > 8 and args.devices % 8:
+        raise ValueError(f"--devices {args.devices}: 1 to 8, or a multiple of 8")
+    for pair in args.compute:
+        if "=" not in pair:
+            raise ValueError(f"--compute {pair}: write FIELD=VALUE, such as goal=lean")
+    texts = dict(pair.split("=", 1) for pair in args.compute)
+    values = {name: int(x) if x.isdigit() else x for name, x in texts.items()}
     config = preset(args.preset)
-    fields = dict(item.split("=", 1) for item in args.compute)
-    values = {k: int(v) if v.isdigit() else v for k, v in fields.items()}
-    accumulate = args.accumulate or config.train.accumulate
+    compute = dataclasses.asdict(config.compute) | values
     rows = (args.batch or config.train.batch_size) * args.devices
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config,
-        compute=dataclasses.replace(config.compute, **values),
-        train=dataclasses.replace(config.train, batch_size=rows, accumulate=accumulate),
+        compute=from_dict(ComputeConfig, compute, where="compute"),
+        train=dataclasses.replace(
+            config.train,
+            batch_size=rows,
+            accumulate=args.accumulate or config.train.accumulate,
+        ),
     )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compiles and reports; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    logging.getLogger("jax").setLevel(logging.ERROR)
     target = TARGETS.get(args.target)
     try:
-        made = plan(config, target, count=args.devices)
-    except RuntimeError as error:
-        print(f"plan: {error}", file=sys.stderr)
+        made = plan(planned(args), target, count=args.devices)
+        facts = report.figures(made) | {"roofline": report.roofline(made)}
+        print("\n".join(report.lines(made)))
+        if args.heaviest:
+            print("\nheaviest kernels but matmuls, KiB a token")
+            print("\n".join(report.heaviest(made, args.heaviest)))
+        if args.largest:
+            facts["largest_micro_batch"] = largest(made, args.devices)
+        if args.json:
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump(facts, file, indent=2)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"plan.py: {error}", file=sys.stderr)
         return 2
-    print("\n".join(report.lines(made)))
-    if args.heaviest:
-        print("\nheaviest kernels but matmuls, KiB a token")
-        print("\n".join(report.heaviest(made, args.heaviest)))
-    facts = report.figures(made) | {"roofline": report.roofline(made)}
-    if args.largest and target is not None:
-        facts["largest_micro_batch"] = largest(made, args.devices)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(facts, file, indent=2)
     return 0
 
 
@@ -79,23 +108,25 @@ def largest(made: Plan, devices: int) -> int:
     Temporary memory grows in proportion to the rows: a guess from one compilation,
     confirmed, or lowered, by the next.
     """
-    assert made.target is not None
-    config, room = made.program.config, made.target.memory_bytes
-    room -= report.RESERVED_BYTES
-    rows = config.train.batch_size // config.train.accumulate // devices
-    by_row = made.temp_bytes / rows
-    guess = max(1, int((room - made.argument_bytes) / by_row))
-    guess = guess // 8 * 8 if guess >= 16 else guess
-    while guess > 1:
-        tried = plan(with_batch(config, guess * devices), made.target, count=devices)
+    if made.target is None:
+        raise ValueError(
+            "--largest asks what fits a GPU: give a --target other than cpu"
+        )
+    config, room = made.program.config, report.room(made.target)
+    rows = report.largest_guess(made)
+    while rows > 1:
+        tried = plan(with_batch(config, rows * devices), made.target, count=devices)
         if tried.peak_bytes < room:
             break
-        guess = guess - 8 if guess > 16 else guess - 1
+        rows = rows - 8 if rows > 16 else rows - 1
+    if rows < 1:
+        print("\nnot even one row fits: --compute remat=layer, or more devices")
+        return 0
     print(
-        f"\nlargest micro-batch that fits: {guess} x {config.seq_len} = "
-        f"{guess * config.seq_len:,} tokens a device"
+        f"\nlargest micro-batch that fits: {rows} x {config.seq_len} = "
+        f"{rows * config.seq_len:,} tokens a device"
     )
-    return guess
+    return rows
 
 
 if __name__ == "__main__":

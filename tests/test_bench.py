@@ -20,7 +20,8 @@ import bench_process as process  # noqa: E402  # pyright: ignore[reportMissingIm
 import bench_record as record  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 # What a bare machine lacks (rich comes with flax): each of these fails to import.
-ABSENT = ("tyro", "grain", "datatrove", "orjson", "matplotlib", "gguf")
+ABSENT = ("tyro", "grain", "datatrove", "orjson", "matplotlib", "gguf", "tokenizers",
+          "safetensors", "transformers")  # fmt: skip
 
 
 @pytest.fixture
@@ -28,8 +29,17 @@ def bare(tmp_path) -> dict[str, str]:
     """An environment without the packages that only the rest of jaxllm needs."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
-    for name in ABSENT:
-        (stubs / f"{name}.py").write_text(f"raise ImportError('no {name} here')\n")
+    (stubs / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class Bare(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, *where):\n"
+        f"        absent = name.split('.')[0] in {ABSENT}\n"
+        "        return None if absent else super().find_spec(name, *where)\n"
+        "finders = sys.meta_path\n"
+        "finders[:] = [Bare if f is PathFinder else f for f in finders]\n"
+    )
     return {**os.environ, "PYTHONPATH": str(stubs), "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -172,6 +182,18 @@ def test_a_probe_that_fails_does_not_lose_the_others(capsys):
 def test_every_job_is_one_of_eight_probes_and_fits_ten_minutes_with_its_side():
     assert len({name for name, _ in probe.JOBS.values()}) == 8
     assert {job.split("_")[1] for job in probe.JOBS} == {"ours", "torch"}
+
+
+def test_a_short_budget_is_shared_out_over_all_probes():
+    jobs, left_s, given = list(probe.JOBS), 560.0, []
+    for number in range(len(jobs)):
+        given.append(bench.share_s(jobs[number:], left_s))
+        left_s -= given[-1]
+    assert sum(given) == pytest.approx(560) and min(given) > 15
+    limits = [limit for _, limit in probe.JOBS.values()]
+    assert given == pytest.approx([560 * limit / sum(limits) for limit in limits])
+    # With time enough, a limit is a limit.
+    assert bench.share_s(jobs, 1e6) == limits[0]
 
 
 def _worker(tmp_path, monkeypatch, code: str) -> process.Worker:

@@ -214,8 +214,8 @@ FAST: dict[str, Any] = {
     [
         {"layer": "fused"},
         {"layer": "fused", "remat": "products"},
-        {"layer": "fused", "remat": "products", "remat_up": 1, "unroll": 2},
-        {"layer": "plain", "remat": "products", "remat_up": 1},
+        {"layer": "fused", "remat": "products", "unroll": 3},
+        {"layer": "plain", "remat": "products", "unroll": 3},
         {"layer": "fused", "remat": "layer", "unroll": 3},
         FAST | {"loss_chunk": 48},
     ],

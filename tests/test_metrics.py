@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from flax import nnx
 from jaxllm.config import ComputeConfig, ModelConfig
 from jaxllm.model import Transformer
 from jaxllm.presets import preset
+from jaxllm.train.device import peak_bytes
 from jaxllm.train.metrics import (
     Meter,
     append_jsonl,
@@ -111,6 +115,19 @@ def test_unknown_devices_have_no_utilisation():
 )
 def test_device_names_are_matched_by_whole_words(kind, peak):
     assert peak_flops(kind, "bfloat16") == peak
+
+
+def test_peak_memory_is_the_fullest_devices_and_a_cpus_is_the_process():
+    x = 2**30
+    gpus = [
+        SimpleNamespace(memory_stats=lambda peak=peak: {"peak_bytes_in_use": peak})
+        for peak in (5 * x, 7 * x, 6 * x)
+    ]
+    assert peak_bytes(gpus) == 7 * x
+    # Linux counts the process's peak in /proc, too.
+    status = Path("/proc/self/status").read_text()
+    kib = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
+    assert peak_bytes(jax.local_devices()) == pytest.approx(kib * 1024, rel=0.1)
 
 
 def test_log_lines_have_the_form_of_the_seed():

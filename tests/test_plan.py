@@ -25,6 +25,14 @@ HLO = """HloModule jit_step
   ROOT %d = bf16[64,16]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}
 }
 
+%sliced_call (p0: bf16[18,64,32], p1: bf16[32,16]) -> (bf16[64,16], s8[4096]) {
+  %p0 = bf16[18,64,32]{2,1,0} parameter(0)
+  %p1 = bf16[32,16]{1,0} parameter(1)
+  %s = bf16[1,64,32]{2,1,0} slice(%p0), slice={[0:1], [0:64], [0:32]}
+  %x = bf16[64,32]{1,0} bitcast(%s)
+  ROOT %l = (bf16[64,16]{1,0}, s8[4096]{0}) custom-call(%x, %p1), custom_call_target="__cublas$lt$matmul"
+}
+
 %body (t: (s32[], f32[100])) -> (s32[], f32[100]) {
   %t = (s32[], f32[100]{0}) parameter(0)
   %x = f32[100]{0} get-tuple-element(%t), index=1
@@ -43,6 +51,8 @@ ENTRY %main (a: f32[18,1024], b: bf16[64,32], c: bf16[32,16], i: s32[]) -> f32[1
   %mm = bf16[64,16]{1,0} fusion(%b, %c), kind=kCustom, calls=%gemm_fusion
   %fa = (bf16[64,16]{1,0}, u8[0]{0}) custom-call(%mm), custom_call_target="__cudnn$fmhaSoftmax"
   %lt = (bf16[64,16]{1,0}, s8[4096]{0}) custom-call(%b, %c, %mm), custom_call_target="__cublas$lt$matmul"
+  %st = bf16[18,64,32]{2,1,0} parameter(4)
+  %ds = (bf16[64,16]{1,0}, s8[4096]{0}) fusion(%st, %c), kind=kCustom, calls=%sliced_call
   %cp = f32[18,1024]{0,1} copy(%new)
   %ar = f32[18,1024]{1,0} all-reduce-start(%new), to_apply=%slices
   %loop = (s32[], f32[100]{0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"16"}}
@@ -53,7 +63,7 @@ ENTRY %main (a: f32[18,1024], b: bf16[64,32], c: bf16[32,16], i: s32[]) -> f32[1
 
 def test_kernels_are_counted_by_what_they_touch():
     kernels = {k.name: k for k in hlo.Program(HLO).kernels()}
-    assert set(kernels) == {"row", "new", "mm", "fa", "lt", "cp", "ar", "y"}
+    assert set(kernels) == {"row", "new", "mm", "fa", "lt", "ds", "cp", "ar", "y"}
     row = 1024 * 4
     # A fusion that slices, even behind an elementwise operation, reads a slice.
     assert (kernels["row"].read, kernels["row"].written) == (row, row)
@@ -63,8 +73,10 @@ def test_kernels_are_counted_by_what_they_touch():
     assert kernels["mm"].moved == 2 * (64 * 32 + 32 * 16 + 64 * 16)
     # The scratch space beside a product is no traffic.
     assert kernels["lt"].written == 2 * 64 * 16
-    assert [kernels[n].kind for n in ("mm", "lt", "fa", "cp", "ar", "row")] == [
-        "matmul", "matmul", "attention", "copy", "collective", "elementwise",
+    # Nor in a fusion that slices for the product.
+    assert kernels["ds"].moved == kernels["mm"].moved
+    assert [kernels[n].kind for n in ("ds", "mm", "lt", "fa", "cp", "ar", "row")] == [
+        "matmul", "matmul", "matmul", "attention", "copy", "collective", "elementwise",
     ]  # fmt: skip
     assert kernels["ar"].overlaps
 

@@ -43,7 +43,7 @@ def rest(plan) -> float:
 # Preset, compute settings; gates in KiB a token: temporary memory, moved by kernels
 # that are neither matmul nor attention, moved by all.
 HALF = {"residual_dtype": "bfloat16"}
-LEAN = HALF | {"remat": "products", "remat_up": 1, "logits_dtype": "bfloat16"}
+LEAN = {"goal": "lean"}
 FIGURES = [
     ("k-215m", {}, 500, 2045, 4466),
     ("k-215m", {"remat": "products"}, 413, 2143, 4782),

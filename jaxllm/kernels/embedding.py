@@ -18,12 +18,18 @@ CHUNK = 128
 
 
 def embed(
-    table_VD: jax.Array, tokens_BT: jax.Array, *, dtype, implementation: str = "plain"
+    table_VD: jax.Array,
+    tokens_BT: jax.Array,
+    *,
+    dtype,
+    implementation: str = "plain",
+    grad_dtype=None,
 ) -> jax.Array:
     """Looks up each token's row and casts it: returns h_BTD in `dtype`.
 
     Implementations differ in the gradient, which is summed in at least float32 and has
-    the table's dtype. plain: XLA's scatter-add. one_hot: a product with one-hot rows.
+    the table's dtype; all but plain round what they sum to `grad_dtype` first, if it is
+    given. plain: XLA's scatter-add. one_hot: a product with one-hot rows.
     sorted: sums within chunks of tokens sorted by id, then a scatter whose rows
     hardly collide (on GPU a float32 scatter-add is a compare-and-swap loop, up to
     2000x slower where many tokens share an id). rows: one token after the other, the
@@ -31,26 +37,28 @@ def embed(
     """
     if implementation == "plain":
         return table_VD[tokens_BT].astype(dtype)
-    return _embed(implementation, jnp.dtype(dtype), table_VD, tokens_BT)
+    dtypes = jnp.dtype(dtype), jnp.dtype(grad_dtype or dtype)
+    return _embed(implementation, dtypes, table_VD, tokens_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _embed(implementation, dtype, table_VD, tokens_BT):
-    return table_VD[tokens_BT].astype(dtype)
+def _embed(implementation, dtypes, table_VD, tokens_BT):
+    return table_VD[tokens_BT].astype(dtypes[0])
 
 
-def _embed_fwd(implementation, dtype, table_VD, tokens_BT):
+def _embed_fwd(implementation, dtypes, table_VD, tokens_BT):
     # Of the table only shape and dtype are needed: an empty slice carries both.
-    return _embed(implementation, dtype, table_VD, tokens_BT), (
+    return _embed(implementation, dtypes, table_VD, tokens_BT), (
         tokens_BT,
         table_VD[:, :0],
     )
 
 
-def _embed_bwd(implementation, dtype, residuals, dh_BTD):
+def _embed_bwd(implementation, dtypes, residuals, dh_BTD):
     tokens_BT, table_V0 = residuals
     vocab, d = table_V0.shape[0], dh_BTD.shape[-1]
-    stat = jnp.promote_types(dtype, jnp.float32)
+    stat = jnp.promote_types(dtypes[0], jnp.float32)
+    dh_BTD = dh_BTD.astype(dtypes[1])
     sums = {"one_hot": _one_hot, "sorted": _sorted, "rows": _rows}[implementation]
     if implementation != "one_hot":  # a product, which XLA cuts up by itself
         sums = _over_devices(sums)

@@ -15,7 +15,9 @@ activations, so this form
 - keeps x, q, k, v, the attention's output, x again, gate and up, and recomputes the
   elementwise rest in the backward pass, never a product and never attention. One
   array of that rest may be kept too, for 97 KiB a token more memory and less traffic;
-  or up dropped, for a product more.
+- hands the stream's gradient on in the dtype of the products, also where the stream
+  itself is wider: a float32 one moves 180 KiB a token more in a 215M model, and every
+  product that takes it rounds it anyway.
 
 B batch, T time, M = B T tokens, D dim, E = N H, N query heads, K key/value heads,
 G = N / K, H head dim, F feed-forward dim, J = K (G + 2) H the joined width of q, k and
@@ -29,18 +31,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.kernels.attention import attention
+from jaxllm.kernels.fold import Piece, Weights, fold
+from jaxllm.kernels.per_device import HEADS
 
-
-class Weights(NamedTuple):
-    """A layer's matrices in the compute dtype, the norm weights folded in."""
-
-    qkv_DJ: jax.Array
-    out_D: jax.Array
-    """wo, (N H, D)."""
-    gate_up: "jax.Array | tuple[jax.Array, jax.Array]"
-    """Joined as (D, C, F), or (D, F) of each: recomputing act beside its gradients is
-    one kernel only while those are two arrays."""
-    down_FD: jax.Array
+PIECES = 2
+"""Of the fullest layer's feed-forward: half of dact, act, dgate and dup at a time is 11
+KiB a token less at the peak of a 215M model, for one layer's products in two."""
 
 
 class Static(NamedTuple):
@@ -52,61 +48,35 @@ class Static(NamedTuple):
     attention: str
     keep_act: bool = False
     """Keep act = silu(gate) * up for the backward pass instead of recomputing it."""
-    keep_up: bool = True
-    """Keep up, or multiply by its matrix once more; act is then not kept either."""
 
 
 def fused_layer(
-    layer: Any, h_BTD, freqs_cos, freqs_sin, *, keep_up: bool = True
+    layer: Any, h_BTD, freqs_cos, freqs_sin, *, fullest: bool = False
 ) -> jax.Array:
     """Runs a model.DecoderLayer in its fast form; returns h_BTD in its dtype.
 
-    For rows without cache, segments and dropout; tables are (B or 1, T, R).
+    For rows without cache, segments and dropout; tables are (B or 1, T, R). `fullest`
+    says that this layer's backward pass is where memory is fullest.
     """
     config, compute = layer.attention.config, layer.compute
+    # Pieces of F would lie across the devices that share it out.
+    shared = jax.sharding.get_abstract_mesh().shape.get(HEADS, 1) > 1
+    in_pieces = fullest and compute.remat != "none" and not shared
     static = Static(
         config.n_heads,
         config.n_kv_heads,
         config.norm_eps,
         compute.attention,
         keep_act=compute.remat == "none",
-        keep_up=keep_up or compute.remat == "none",
     )
     weights = fold(
-        layer, config.n_kv_heads, compute.compute_dtype, join=static.keep_act
+        layer,
+        config.n_kv_heads,
+        compute.compute_dtype,
+        join=static.keep_act,
+        pieces=PIECES if in_pieces else 1,
     )
     return decoder_layer(static, h_BTD, weights, freqs_cos, freqs_sin)
-
-
-def fold(layer: Any, n_kv_heads: int, dtype, *, join: bool) -> Weights:
-    """Folds norm weights into matrices (d_in, d_out), joins q, k, v; casts to `dtype`.
-
-    q, k and v are joined head group by head group (K, G + 2, H), so that a mesh that
-    cuts heads cuts the joined matrix at the same places.
-    """
-    attention, mlp = layer.attention, layer.feed_forward
-    attention_norm_D, ffn_norm_D = (
-        layer.attention_norm.weight[...],
-        layer.ffn_norm.weight[...],
-    )
-    d = attention_norm_D.shape[0]
-    groups = [
-        projection.kernel[...].reshape(d, n_kv_heads, -1)
-        for projection in (attention.wq, attention.wk, attention.wv)
-    ]
-    qkv_DKJ = attention_norm_D[:, None, None] * jnp.concatenate(groups, axis=2)
-    gate_up = tuple(
-        (ffn_norm_D[:, None] * projection.kernel[...]).astype(dtype)
-        for projection in (mlp.w1, mlp.w3)
-    )
-    if join:
-        gate_up = jnp.stack(gate_up, axis=1)
-    return Weights(
-        qkv_DJ=qkv_DKJ.reshape(d, -1).astype(dtype),
-        out_D=attention.wo.kernel[...].astype(dtype),
-        gate_up=gate_up,
-        down_FD=mlp.w2.kernel[...].astype(dtype),
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -133,15 +103,15 @@ def _forward(static, h_BTD, weights, freqs_cos, freqs_sin):
 
     x_mid_MD = _narrow(h_MD, dtype)
     rstd_mid_M = _rstd(h_MD, static.eps)
-    gate_up = _gate_up(x_mid_MD, weights.gate_up)
-    act_MF = _swiglu(gate_up, rstd_mid_M)
-    h_MD = _add_product(h_MD, "MF,FD->MD", act_MF, weights.down_FD)
+    kept = []
+    for piece in weights.mlp:
+        gate_up = _gate_up(x_mid_MD, piece.gate_up)
+        act_MF = _swiglu(gate_up, rstd_mid_M)
+        h_MD = _add_product(h_MD, "MF,FD->MD", act_MF, piece.down_FD)
+        kept.append((gate_up, act_MF if static.keep_act else None))
 
     attention_residuals = (x_MD, rstd_M, attention_vjp, out_ME)
-    kept = act_MF if static.keep_act else None
-    if not static.keep_up:
-        gate_up = (gate_up[0], None)
-    mlp_residuals = (x_mid_MD, rstd_mid_M, gate_up, kept)
+    mlp_residuals = (x_mid_MD, rstd_mid_M, kept)
     residuals = (attention_residuals, mlp_residuals, weights, freqs_cos, freqs_sin)
     return h_MD.reshape(b, t, d), residuals
 
@@ -150,31 +120,17 @@ def _backward(static, residuals, dh_BTD):
     attention_residuals, mlp_residuals, weights, freqs_cos, freqs_sin = residuals
     dtype = weights.qkv_DJ.dtype
     b, t, d = dh_BTD.shape
-    dh_MD = dh_BTD.reshape(-1, d)
+    # Widened between layers, since a gradient has the dtype of its value: XLA drops the
+    # two casts.
+    dh_MD = dh_BTD.astype(dtype).reshape(-1, d)
 
-    # h + down(act), act = silu(gate r) * (up r), where r is the norm's factor.
-    x_MD, rstd_M, gate_up, kept = mlp_residuals
-    dy_MD = dh_MD.astype(dtype)
-    dact_MF = _times_transposed(dy_MD, weights.down_FD)
-    # Behind the barrier XLA cannot take the forward's activations for those it
-    # recomputes here: keeping them costs 97 KiB a token in a 215M model.
-    dact_MF, gate_up = jax.lax.optimization_barrier((dact_MF, gate_up))
-    if not static.keep_up:
-        gate_up = (gate_up[0], _up_again(dact_MF, x_MD, weights.gate_up[1]))
-    act_MF, swiglu_vjp = jax.vjp(_swiglu, gate_up, rstd_M)
-    act_MF = act_MF if kept is None else kept
-    dgate_up, drstd_M = swiglu_vjp(dact_MF)
-    # The narrower factor is the one that a CPU copies transposed.
-    ddown_FD = _outer(dy_MD, act_MF).T
-    dh_MD, dgate_up = _gate_up_backward(dh_MD, x_MD, weights.gate_up, dgate_up)
-    dh_MD = _add_norm_gradient(dh_MD, x_MD, rstd_M, drstd_M)
+    dh_MD, dmlp = _mlp_backward(dh_MD, mlp_residuals, weights.mlp)
 
     # h + out(attention(rotate(x qkv r))). The factor's gradient is taken from
     # dx . x = d(x qkv) . (x qkv), which spares reading q, k and v again.
     x_MD, rstd_M, attention_vjp, out_ME = attention_residuals
-    dy_MD = dh_MD.astype(dtype)
-    dout_ME = _times_transposed(dy_MD, weights.out_D)
-    dout_D = _outer(out_ME, dy_MD)
+    dout_ME = _times_transposed(dh_MD, weights.out_D)
+    dout_D = _outer(out_ME, dh_MD)
     dout_BTNH = dout_ME.reshape(b, t, static.n_heads, -1)
     dqkv_BTJ = _join(
         static, attention_vjp(dout_BTNH), rstd_M.reshape(b, t), freqs_cos, freqs_sin
@@ -185,9 +141,9 @@ def _backward(static, residuals, dh_BTD):
     stat = rstd_M.dtype
     along_M = jnp.sum(dx_MD.astype(stat) * x_MD.astype(stat), axis=-1)
     dh_MD = _add_norm_gradient(dh_MD, x_MD, rstd_M, along_M / rstd_M, dx_MD)
-    dweights = Weights(dqkv_DJ, dout_D, dgate_up, ddown_FD)
+    dweights = Weights(dqkv_DJ, dout_D, dmlp)
     return (
-        dh_MD.reshape(b, t, d),
+        dh_MD.reshape(b, t, d).astype(dh_BTD.dtype),
         dweights,
         jnp.zeros_like(freqs_cos),
         jnp.zeros_like(freqs_sin),
@@ -195,6 +151,38 @@ def _backward(static, residuals, dh_BTD):
 
 
 decoder_layer.defvjp(_forward, _backward)
+
+
+def _mlp_backward(dh_MD, residuals, pieces):
+    """Back through h + down(act), act = silu(gate r) * (up r), r the norm's factor."""
+    x_MD, rstd_M, kept = residuals
+    dy_MD, dmlp, drstds_M = dh_MD, [], []
+    for number, ((gate_up, act_MF), piece) in enumerate(zip(kept, pieces, strict=True)):
+        if number:  # not begun before the piece before is done
+            dh_MD, dy_MD = jax.lax.optimization_barrier((dh_MD, dy_MD))
+        dh_MD, dpiece, drstd_M = _piece_backward(
+            dh_MD, dy_MD, x_MD, rstd_M, gate_up, act_MF, piece
+        )
+        dmlp.append(dpiece)
+        drstds_M.append(drstd_M)
+    drstd_M = functools.reduce(jnp.add, drstds_M)
+    return _add_norm_gradient(dh_MD, x_MD, rstd_M, drstd_M), tuple(dmlp)
+
+
+def _piece_backward(dh_MD, dy_MD, x_MD, rstd_M, gate_up, kept, piece: Piece):
+    """Adds to dh_MD what comes back through gate and up where dy_MD is the gradient of
+    the result; returns it, and the gradients of the matrices and of r."""
+    dact_MF = _times_transposed(dy_MD, piece.down_FD)
+    # Behind the barrier XLA cannot take the forward's activations for those it
+    # recomputes here: keeping them costs 97 KiB a token in a 215M model.
+    dact_MF, gate_up = jax.lax.optimization_barrier((dact_MF, gate_up))
+    act_MF, swiglu_vjp = jax.vjp(_swiglu, gate_up, rstd_M)
+    act_MF = act_MF if kept is None else kept
+    dgate_up, drstd_M = swiglu_vjp(dact_MF)
+    # The narrower factor is the one that a CPU copies transposed.
+    ddown_FD = _outer(dy_MD, act_MF).T
+    dh_MD, dgate_up = _gate_up_backward(dh_MD, x_MD, piece.gate_up, dgate_up)
+    return dh_MD, Piece(dgate_up, ddown_FD), drstd_M
 
 
 def _narrow(h_MD, dtype):
@@ -243,12 +231,6 @@ def _gate_up(x_MD, gate_up):
     if isinstance(gate_up, tuple):
         return tuple(x_MD @ weight_DF for weight_DF in gate_up)
     return jnp.einsum("MD,DCF->MCF", x_MD, gate_up)
-
-
-def _up_again(dact_MF, x_MD, up_DF):
-    """up once more, not before dact is there."""
-    _, x_MD = jax.lax.optimization_barrier((dact_MF, x_MD))
-    return x_MD @ up_DF
 
 
 def _gate_up_backward(dh_MD, x_MD, gate_up, dgate_up):

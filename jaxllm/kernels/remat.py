@@ -17,18 +17,17 @@ def scan_layers(
 ) -> jax.Array:
     """Passes h_BTD through the layers, whose arrays all lead with L.
 
-    `body(h_BTD, layer, keep_up=...)` returns the stream after the layer, and None. The
-    first `compute.remat_up` layers are told not to keep their up projection.
+    `body(h_BTD, layer, fullest=...)` returns the stream after the layer, and None. The
+    last layer's backward pass comes first, while all layers' activations are there:
+    where each layer has code of its own, it is told so.
     """
     n_layers = jax.tree.leaves(layers)[0].shape[0]
-    first = min(compute.remat_up, n_layers)
-    if first in (0, n_layers):
-        parts = [(first == 0, layers)]
-    else:
-        parts = list(zip((False, True), _cut(layers, first), strict=True))
-    for keep_up, part in parts:
+    parts = [(False, layers)]
+    if compute.remat == "products" and compute.unroll >= n_layers > 1:
+        parts = list(zip((False, True), _cut(layers, n_layers - 1), strict=True))
+    for fullest, part in parts:
         h_BTD, _ = jax.lax.scan(
-            _rematerialised(body, compute, keep_up),
+            _rematerialised(functools.partial(body, fullest=fullest), compute),
             h_BTD,
             part,
             unroll=compute.unroll or 1,
@@ -45,8 +44,7 @@ def _cut(layers, first):
     return tree.unflatten(one), tree.unflatten(other)
 
 
-def _rematerialised(body, compute: ComputeConfig, keep_up: bool):
-    body = functools.partial(body, keep_up=keep_up)
+def _rematerialised(body, compute: ComputeConfig):
     # The fused layer chooses by itself what to keep of a layer.
     if compute.remat == "none" or (
         compute.remat == "products" and compute.layer == "fused"
@@ -56,6 +54,6 @@ def _rematerialised(body, compute: ComputeConfig, keep_up: bool):
     prevent_cse = compute.unroll > 1
     if compute.remat == "layer":
         return jax.checkpoint(body, prevent_cse=prevent_cse)
-    names = ("q", "k", "v", "gate", *(("up",) if keep_up else ()))
+    names = ("q", "k", "v", "gate", "up")
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     return jax.checkpoint(body, prevent_cse=prevent_cse, policy=policy)

@@ -94,8 +94,16 @@ def plan(
     count: int = 1,
     options: dict[str, Any] | None = None,
 ) -> Plan:
-    """Compiles the step of `config` for `count` GPUs; None is this machine's CPU."""
-    chosen = jax.devices("cpu")[:count] if target is None else devices(target, count)
+    """Compiles the step of `config` for `count` GPUs; None is this machine's CPU, as
+    `count` devices.
+
+    Raises: ValueError if the run does not fit so many; RuntimeError as `devices` does.
+    """
+    if target is None:
+        jax.config.update("jax_num_cpu_devices", count)
+        chosen = jax.devices("cpu")
+    else:
+        chosen = devices(target, count)
     program = build(config, make_mesh(config.parallel, chosen), total_steps=1000)
     start = time.monotonic()
     lowered = program.train_step.lower(program.abstract_state, batch(program))

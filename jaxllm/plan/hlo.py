@@ -236,11 +236,15 @@ class Program:
 
     def _kind(self, instruction: Instruction, called: str) -> str:
         op = instruction.op
-        target = instruction.attribute(r'custom_call_target="([^"]+)"')
         inside = self.computations.get(called, {})
-        if "fmha" in target:
+        # A library's call may stand in a fusion that only slices its operands for it.
+        targets = " ".join(
+            x.attribute(r'custom_call_target="([^"]+)"')
+            for x in (instruction, *inside.values())
+        )
+        if "fmha" in targets:
             return "attention"
-        if "gemm" in target or "matmul" in target or "gemm" in instruction.name:
+        if "gemm" in targets or "matmul" in targets or "gemm" in instruction.name:
             return "matmul"
         if op == "dot" or any(x.op == "dot" for x in inside.values()):
             return "matmul"

@@ -1,7 +1,10 @@
 """What a plan says, as text and as JSON: memory, kernels, collectives, a roofline."""
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
+
+import jax
 
 from jaxllm.plan import hlo
 from jaxllm.plan.compile import Plan, attention_calls
@@ -10,6 +13,7 @@ from jaxllm.plan.targets import (
     MATMUL_SHARE,
     MEMORY_SHARE,
     RESERVED_BYTES,
+    Target,
 )
 from jaxllm.train.metrics import flops_per_token
 
@@ -32,9 +36,11 @@ def figures(plan: Plan) -> dict[str, Any]:
         "devices": plan.devices,
         "tokens": plan.tokens,
         "arguments_bytes": plan.argument_bytes,
+        **{f"{name}_bytes": held for name, held in state_bytes(plan).items()},
         "temporary_bytes": plan.temp_bytes,
         "temporary_kib": plan.temp_bytes / plan.tokens / 1024,
         "peak_bytes": plan.peak_bytes,
+        "largest_rows_guess": largest_guess(plan) if plan.target else None,
         "moved_kib": {k: v / plan.tokens / 1024 for k, v in sorted(moved.items())},
         "moved_all_kib": everything,
         "moved_rest_kib": everything - plan.per_token("matmul", "attention"),
@@ -48,17 +54,60 @@ def figures(plan: Plan) -> dict[str, Any]:
 
 
 def collectives(plan: Plan) -> list[dict[str, Any]]:
-    """The collectives of a step, with the bytes each hands over."""
+    """What the devices exchange in a step, alike exchanges taken together.
+
+    bytes: of one of them, whole, that is what every device has after a gather and
+    before a reduction; on average. apart: how many are started in one place and awaited
+    in another; behind: how many of those have products or attention in between.
+    """
+    found: dict[tuple, list[hlo.Collective]] = {}
+    for one in hlo.Program(plan.text).collectives():
+        found.setdefault((one.kind, one.dtypes, one.group), []).append(one)
     return [
         {
-            "name": kernel.name,
-            "bytes": kernel.written,
-            "runs": kernel.runs,
-            "overlaps": kernel.overlaps,
+            "kind": kind,
+            "dtypes": list(dtypes),
+            "group": group,
+            "runs": sum(one.runs for one in alike),
+            "bytes": sum(one.bytes * one.runs for one in alike)
+            / sum(one.runs for one in alike),
+            "sent_bytes": sum(one.sent * one.runs for one in alike),
+            "apart": sum(one.runs for one in alike if one.asynchronous),
+            "behind": sum(one.runs for one in alike if one.behind),
         }
-        for kernel in plan.kernels
-        if kernel.kind == "collective"
+        for (kind, dtypes, group), alike in sorted(found.items())
     ]
+
+
+def state_bytes(plan: Plan) -> dict[str, int]:
+    """Bytes of one device's share of weights and of moments."""
+    state = plan.program.abstract_state
+
+    def share(tree) -> int:
+        return sum(
+            prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+
+    return {"weights": share(state["params"]), "moments": share(state["opt"])}
+
+
+def room(target: Target) -> float:
+    """Bytes of the card's memory that a step may take."""
+    return target.memory_bytes - RESERVED_BYTES
+
+
+def largest_guess(plan: Plan) -> int:
+    """Rows a device of the largest micro-batch that fits, a multiple of 8 from 16 on.
+
+    Supposes that temporary memory grows in proportion to the rows, which it does but
+    for some copies of the weights.
+    """
+    assert plan.target is not None
+    train = plan.program.config.train
+    by_row = plan.temp_bytes / (train.batch_size // train.accumulate // plan.devices)
+    rows = int(max(0.0, room(plan.target) - plan.argument_bytes) / by_row)
+    return rows // 8 * 8 if rows >= 16 else rows
 
 
 def roofline(plan: Plan) -> dict[str, float] | None:
@@ -74,9 +123,7 @@ def roofline(plan: Plan) -> dict[str, float] | None:
     attention_s = attention * plan.tokens / (target.peak_flops * ATTENTION_SHARE)
     rest = plan.per_token() - plan.per_token("matmul", "attention", "collective")
     rest_s = rest * 1024 * plan.tokens / (target.bandwidth * MEMORY_SHARE)
-    moved = sum(item["bytes"] * item["runs"] for item in collectives(plan))
-    # A ring moves every byte of an all-reduce out and in about twice.
-    link_s = 2 * moved * (plan.devices - 1) / plan.devices / target.link
+    link_s = sum(one["sent_bytes"] for one in collectives(plan)) / target.link
     step_s = matmul_s + attention_s + rest_s
     return {
         "matmul_s": matmul_s,
@@ -106,17 +153,24 @@ def lines(plan: Plan) -> Iterator[str]:
     )
     yield f"compiled in {plan.compile_s:.0f} s"
     yield ""
-    arguments = plan.argument_bytes / 1e9
-    yield f"memory     arguments (weights, moments)   {arguments:8.2f} GB"
+    held = state_bytes(plan)
+    rest = plan.argument_bytes - sum(held.values())
+    yield f"memory     weights                        {held['weights'] / 1e9:8.2f} GB"
+    yield f"           Adam's moments                 {held['moments'] / 1e9:8.2f} GB"
+    yield f"           batch                          {rest / 1e9:8.2f} GB"
     yield (
         f"           temporary                      {plan.temp_bytes / 1e9:8.2f} GB = "
         f"{facts['temporary_kib']:.0f} KiB a token"
     )
     yield f"           together                       {plan.peak_bytes / 1e9:8.2f} GB"
     if plan.target:
-        room = plan.target.memory_bytes - RESERVED_BYTES
-        fits = "fits" if plan.peak_bytes < room else "DOES NOT FIT"
-        yield f"           of                             {room / 1e9:8.2f} GB: {fits}"
+        there, rows = room(plan.target), largest_guess(plan)
+        fits = "fits" if plan.peak_bytes < there else "DOES NOT FIT"
+        yield f"           of                             {there / 1e9:8.2f} GB: {fits}"
+        yield (
+            f"           largest micro-batch that fits: about {rows} x "
+            f"{config.seq_len} tokens a device (--largest makes sure)"
+        )
     yield ""
     yield "kernels    KiB a token read and written, by group (runs)"
     runs: dict[str, int] = {}
@@ -132,12 +186,13 @@ def lines(plan: Plan) -> Iterator[str]:
     )
     if facts["collectives"]:
         yield ""
-        overlapping = sum(item["overlaps"] for item in facts["collectives"])
-        size = sum(item["bytes"] * item["runs"] for item in facts["collectives"])
-        yield (
-            f"collectives {len(facts['collectives'])}, {size / 1e6:,.0f} MB a device "
-            f"and step; {overlapping} started and awaited apart, behind kernels"
-        )
+        yield "collectives, runs x MB whole, (group); awaited apart, products between"
+        for one in facts["collectives"]:
+            yield (
+                f"           {one['kind']} {'+'.join(one['dtypes'])}: {one['runs']} x "
+                f"{one['bytes'] / 1e6:,.1f} ({one['group']}); {one['apart']} apart, "
+                f"{one['behind']} behind products"
+            )
     if guess := roofline(plan):
         yield ""
         yield (

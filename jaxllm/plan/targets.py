@@ -72,7 +72,7 @@ TARGETS = {
         "NVIDIA H200", (9, 0), 132, 1.98, 150_000_000_000, 4.8e12,
         50 * 1024**2, 989.4e12, 450e9, "NVIDIA H200 data sheet, SXM5",
     ),
-    "a100": Target(
+    "a100-80": Target(
         "NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 85_000_000_000, 2.039e12,
         40 * 1024**2, 311.9e12, 300e9, "NVIDIA A100 data sheet, SXM4 80 GB",
     ),

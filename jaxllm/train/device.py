@@ -1,7 +1,10 @@
 """What a run needs of its device: a compile cache, and plain words when it is full."""
 
 import os
+import resource
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -41,6 +44,14 @@ def pin_kernels(cache: Path) -> None:
     os.environ["XLA_FLAGS"] = flags.strip()
 
 
+def peak_bytes(devices: Iterable[Any]) -> int:
+    """The most memory that one of `devices`, or where they don't count it (a CPU) this
+    process, has held so far."""
+    stats = [device.memory_stats() or {} for device in devices]
+    peak = max((s.get("peak_bytes_in_use", 0) for s in stats), default=0)
+    return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def out_of_memory(error: BaseException, config: RunConfig) -> str | None:
     """Says what to change when a step does not fit, or None for any other error."""
     if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
@@ -59,7 +70,9 @@ def out_of_memory(error: BaseException, config: RunConfig) -> str | None:
             f"rows instead of {micro}; the result is the same)"
         )
     if compute.remat != "layer":
-        stronger = {"none": "products", "products": "layer"}[compute.remat]
+        known = {"accurate": "none", "lean": "products"}[compute.goal]
+        known = known if compute.remat == "auto" else compute.remat
+        stronger = {"none": "products", "products": "layer"}[known]
         advice.append(f"--compute.remat {stronger} (less memory, more time)")
     if compute.cross_entropy != "chunked":
         advice.append("--compute.cross-entropy chunked")

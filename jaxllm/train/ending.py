@@ -1,7 +1,10 @@
 """How a run ends: the last save, the plot, what happened, what to do next."""
 
+import jax
+
 from jaxllm.train import report
 from jaxllm.train.console import Console
+from jaxllm.train.device import peak_bytes
 from jaxllm.train.incidents import describe as describe_incidents
 from jaxllm.train.metrics import read_jsonl
 from jaxllm.train.processes import from_first, is_first
@@ -72,6 +75,7 @@ def tell(run: Run, step: int, *, error: str = "") -> None:
         "error": error,
         "parameters": run.config.model.n_params,
         "trained_s": round(run.meter.trained_s, 3),
+        "peak_bytes": peak_bytes(jax.local_devices()),
         "skipped_steps": skipped,
         "failed_saves": run.failed_saves,
         "what_happened": happened,

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.data.tokenizer import BEGIN_ID, END_ID
 from jaxllm.generate import Sampling, generate
+from jaxllm.train.device import peak_bytes
 from jaxllm.train.evaluate import evaluate
 from jaxllm.train.manifest import state_bytes
 from jaxllm.train.metrics import append_jsonl, rewrite_jsonl, seed_line, utilisation
@@ -127,6 +128,7 @@ def _show(run: Run, step: int, record: dict[str, Any]) -> dict[str, float]:
         device_kind=devices.flat[0].device_kind, n_devices=devices.size,
         dtype=run.program.config.compute.compute_dtype,
     )  # fmt: skip
+    peak = peak_bytes(jax.local_devices())
     left_s = (run.total_steps - step - 1) * speed["step_ms"] / 1e3
     per_epoch = min(run.train.steps_per_epoch, run.total_steps)
     epochs = -(-run.total_steps // per_epoch)
@@ -138,12 +140,12 @@ def _show(run: Run, step: int, record: dict[str, Any]) -> dict[str, float]:
     line += (
         f" tokens/s:{speed['tokens_per_s']:.0f} step:{speed['step_ms']:.0f}ms "
         f"grad_norm:{record['grad_norm']:.3f} wait:{speed['data_wait']:.1%} "
-        f"ETA:{left_s / 60:.1f}min"
+        f"memory:{peak / 2**30:.2f}GiB ETA:{left_s / 60:.1f}min"
     )
     if used:
         line += f" MFU:{used['mfu']:.1%}"
     run.console.progress(line, step=step + 1, total=run.total_steps)
-    return speed | used
+    return speed | used | {"peak_bytes": peak}
 
 
 def validate(run: Run, state: State, step: int) -> None:

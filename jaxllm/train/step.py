@@ -22,6 +22,8 @@ from jaxllm.model import Transformer
 from jaxllm.train import guard, optim
 from jaxllm.train.sharding import batch_sharding, check_divides, shardings
 
+# The first and the last jax whose CUDA plugin is known to have the compiler options.
+FIRST_JAX, LAST_JAX = (0, 10), (0, 12)
 State = dict[str, Any]
 Batch = dict[str, Any]
 
@@ -126,8 +128,12 @@ def to_device(program: Program, batch: Batch, *, parts: int) -> Batch:
 
 def _compiler_options(compute: ComputeConfig, mesh) -> dict[str, bool]:
     """Without Triton's products XLA makes every addition of a product to the residual
-    stream part of the product, in cuBLASLt: 36 of them in 18 layers, either way."""
+    stream part of the product, in cuBLASLt: 36 of them in 18 layers, either way. An
+    option that XLA does not know is an error: a jax that was never tried goes without.
+    """
     if mesh.devices.flat[0].platform == "cpu" or compute.gemm == "triton":
+        return {}
+    if not FIRST_JAX <= jax.__version_info__[:2] <= LAST_JAX:
         return {}
     return {"xla_gpu_enable_triton_gemm": False}
 
