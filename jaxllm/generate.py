@@ -39,12 +39,15 @@ class Sampling:
     """Seed of the choice; row b's token does not depend on the other rows."""
 
     def __post_init__(self):
+        # Beyond these float32 has no quotient: every logit would be infinite or none.
+        warm = 1e-6 <= self.temperature <= 1e6
+        penalty = 1e-6 <= self.repetition_penalty <= 1e6
         rules = (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", self.temperature == 0 or warm, "0 or in [1e-6, 1e6]"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("seed", self.seed >= 0, "at least 0"),
+            ("repetition_penalty", penalty, "in [1e-6, 1e6]"),
+            ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)"),
         )
         for name, holds, rule in rules:
             if not holds:
@@ -202,11 +205,12 @@ def _choose(sampling: Sampling, logits_BV, rows, count, vocab_size) -> np.ndarra
         seen_BV = np.zeros((len(rows), vocab_size), bool)
         for b, row in enumerate(rows):
             seen_BV[b, row] = True
+    top_k = min(sampling.top_k or vocab_size, vocab_size)
     return np.asarray(
         _sample(
-            logits_BV, seen_BV, sampling.seed, count, sampling.temperature,
-            sampling.top_k or vocab_size, sampling.top_p, sampling.repetition_penalty,
-            greedy=sampling.temperature == 0.0,
+            logits_BV, seen_BV, np.uint32(sampling.seed), count,
+            float(sampling.temperature), top_k, float(sampling.top_p),
+            float(sampling.repetition_penalty), greedy=sampling.temperature == 0,
         )
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Decoding: the cache changes nothing, and sampling does what its names say."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -172,6 +173,13 @@ def test_temperature_top_k_and_top_p_shape_the_distribution():
     assert set(sampled(logits, temperature=1.0, top_p=0.01)) == {0}
 
 
+def test_the_ends_of_the_ranges_are_drawn_from():
+    logits = np.array([2.0, 1.0, 0.0], np.float32)
+    assert set(sampled(logits, temperature=1e-6)) == {0}
+    for options in ({"top_k": 10**12}, {"seed": 2**32 - 1}, {"temperature": 1e6}):
+        assert set(sampled(logits, **{"temperature": 1.0} | options)) == {0, 1, 2}
+
+
 def test_the_repetition_penalty_makes_seen_tokens_less_likely():
     logits = np.array([1.0, 0.9, -1.0], np.float32)
     assert set(sampled(logits)) == {0}
@@ -198,7 +206,9 @@ def test_what_cannot_be_decoded_is_refused_by_name(rows, options, words):
 @pytest.mark.parametrize(
     "options",
     [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5},
-     {"repetition_penalty": 0.0}, {"seed": -1}],
+     {"repetition_penalty": 0.0}, {"seed": -1}, {"temperature": 1e-40},
+     {"temperature": math.inf}, {"repetition_penalty": math.inf},
+     {"temperature": math.nan}, {"top_p": math.nan}, {"seed": 2**32}],
 )  # fmt: skip
 def test_a_sampling_option_out_of_range_is_refused_by_name(options):
     with pytest.raises(ValueError, match=next(iter(options))):
