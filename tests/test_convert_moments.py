@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 from convert_cases import (
     assert_same,
     one_thread,  # noqa: F401
@@ -193,6 +194,39 @@ def test_there_and_back_with_moments_is_bit_exact(tmp_path):
     assert import_weights.main([*args, "--no-verify"]) == 0
     _, back = Checkpoints(RunFolder(tmp_path / "back").checkpoints).read_arrays("")
     assert_same(back, state)
+
+
+DAMAGE = {
+    "a step that is none": (lambda c: c.update(step=[1]), "'[1]'"),
+    "a step beyond all": (lambda c: c.update(step=10**30), "2^31"),
+    "a count that is none": (
+        lambda c: c["optimizer"]["state"][0].update(step=torch.tensor(np.inf)),
+        "inf",
+    ),
+    "negative squares": (
+        lambda c: c["optimizer"]["state"][0]["exp_avg_sq"].fill_(-1.0),
+        "negative",
+    ),
+    "a list of states": (lambda c: c["optimizer"].update(state=[]), "damaged"),
+    "another model": (lambda c: c["config"]["model"].update(n_layers=10**9), "model"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_moments_are_refused_in_one_line(damage, tmp_path, capsys):
+    theirs = Torch(config(tmp_path / "torch"))
+    theirs.train(0, 1)
+    (step,) = theirs.save(1).glob("step_*")
+    saved = torch_moments.load(step / "trainer.pt")
+    change, says = DAMAGE[damage]
+    change(saved)
+    torch.save(saved, step / "trainer.pt")
+    args = [str(step), "--out", str(tmp_path / "run"), "--allow-pickle"]
+    capsys.readouterr()
+    assert import_weights.main(args) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "trainer.pt" in said and says in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_never_moved_has_no_moments_to_lose(tmp_path):
