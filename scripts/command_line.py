@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -35,8 +36,16 @@ def parse(kind: type[T], **options: Any) -> T:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command; errors that a user can mend become one line and exit code 2."""
+    # A terminal that lacks a character shows another instead of ending the command.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `head` does: so does the command.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         with contextlib.suppress(OSError):  # where nobody listens the code still counts
             print(f"error: {error}", file=sys.stderr, flush=True)

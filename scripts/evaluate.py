@@ -88,13 +88,13 @@ def main(arguments: Arguments) -> None:
         step, scorer, _ = load(origin, arguments)
         figures = measure(arguments, scorer, *opened)
     about = {"weights": str(arguments.weights), "step": step}
+    where = f"{arguments.weights}" + ("" if step is None else f", step {step}")
+    print("\n".join([where, *_lines(figures)]))
     if arguments.json is not None:
         from jaxllm.data.files import write_atomically
 
         text = json.dumps(about | figures, indent=2, default=str) + "\n"
         write_atomically(arguments.json, text.encode())
-    where = f"{arguments.weights}" + ("" if step is None else f", step {step}")
-    print("\n".join([where, *_lines(figures)]))
 
 
 def load(origin: Any, arguments: Arguments) -> tuple[int | None, Any, tuple[Any, dict]]:
@@ -270,6 +270,8 @@ def _check(arguments: Arguments) -> None:
         if getattr(arguments, name) < 0:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(arguments, name)} must be at least 0")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit {arguments.limit} must be at least 1")
     if arguments.tasks and arguments.data:
         raise ValueError("--tasks bring their own text: leave --data out")
 

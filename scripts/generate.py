@@ -151,13 +151,13 @@ class Writer:
                 if token is not None:
                     row.append(token)
             if single:
-                text = self.tokenizer.decode(rows[0][shown_from[0] :])
                 # A character may still lack bytes that the next token brings.
-                if not text.endswith("\ufffd"):
+                text = self._whole(rows[0][shown_from[0] :])
+                if len(text) > len(shown):
                     print(text[len(shown) :], end="", flush=True)
                     shown = text
         texts = [
-            self.tokenizer.decode(row[first:])
+            self._whole(row[first:])
             for row, first in zip(rows, shown_from, strict=True)
         ]
         if single:
@@ -166,6 +166,10 @@ class Writer:
             for text in texts:
                 print(text, end="\n---\n")
         return texts
+
+    def _whole(self, ids: list[int]) -> str:
+        """The text of some ids, without a character at its end that is not whole."""
+        return self.tokenizer.decode(ids).rstrip("\ufffd")
 
 
 def _opened(arguments: Arguments, text: str | None = None) -> list[dict[str, str]]:

@@ -85,6 +85,38 @@ def test_each_prompt_is_answered_alone_and_only_the_answer_is_shown(
     assert capsys.readouterr().out == "by line\n---\nby line\n---\n"
 
 
+class Terminal(io.TextIOWrapper):
+    """Remembers what was written at once."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO(), encoding="utf-8")
+        self.pieces: list[str] = []
+
+    def write(self, text):
+        self.pieces.append(text)
+        return len(text)
+
+
+def test_no_character_is_shown_before_it_is_whole(room, monkeypatch):
+    """Chinese, which this tokenizer writes a byte at a time, cut within the last."""
+    ids = TOKENIZER.encode("\u9053\u5fb7\U0001f600\u7d93")
+    assert len(ids) == 13
+
+    def stream(graphdef, params, prompts, **_):
+        for token in ids[:-1]:
+            yield [token] * len(prompts)
+
+    monkeypatch.setattr(decoding, "stream", stream)
+    shown = {}
+    for count in (1, 2):
+        monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+        arguments = generate.Arguments(room / "run", ("line",) * count, chat=True)
+        generate.main(arguments)
+        shown[count] = [piece for piece in terminal.pieces if piece.strip()]
+    assert shown[1] == ["\u9053", "\u5fb7", "\U0001f600"]
+    assert "\ufffd" not in "".join(shown[2])
+
+
 def test_lines_of_standard_input_are_one_conversation(room, asked, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\n" + "line by line\n" * 3))
     arguments = generate.Arguments(

@@ -70,6 +70,29 @@ def test_pretrain_names_an_unknown_flag(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("script", ["export_weights.py", "import_weights.py"])
+def test_a_mistyped_flag_is_named_in_one_line(script, tmp_path):
+    assert "--no-verfy" in refused(script, "x", "--no-verfy", cwd=tmp_path)
+
+
+PRINTS = """
+import sys
+sys.path.insert(0, "scripts")
+import command_line
+command_line.run(lambda: print("\u9053" * 100_000))
+"""
+
+
+def test_a_terminal_that_lacks_a_character_and_a_reader_that_leaves():
+    command = f"{sys.executable} -c '{PRINTS}' | head -c 3; echo ${{PIPESTATUS[0]}}"
+    environment = {"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=120,
+        env=environment,
+    )  # fmt: skip
+    assert (result.stdout, result.stderr) == ("???141\n", "")
+
+
 @pytest.mark.parametrize("script", ["generate.py", "export_weights.py"])
 def test_readers_of_runs_refuse_what_is_no_run(script, tmp_path):
     assert "nowhere" in refused(script, "nowhere", cwd=tmp_path)
