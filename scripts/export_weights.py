@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 # Nothing here needs a GPU, whose float32 products may be rounded to TF32 besides.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import command_line
 import tyro
 
 from jaxllm.config import RunConfig
@@ -67,7 +68,9 @@ class Export:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and exports; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = tyro.cli(Export, args=words, prog="export_weights.py", description=__doc__)
+    args = command_line.parse(
+        Export, args=words, prog="export_weights.py", description=__doc__
+    )
     try:
         export(args, must_verify="--verify" in words)
     except (ValueError, OSError) as error:
@@ -208,8 +211,8 @@ def _check(args: Export) -> None:
             "--optimizer goes on with the training, which needs the weights as they "
             "are: leave --dtype out"
         )
-    if not args.max_shard_gb > 0:
-        raise ValueError(f"--max-shard-gb {args.max_shard_gb} must be above 0")
+    if not 0 < args.max_shard_gb < 1e9:
+        raise ValueError(f"--max-shard-gb {args.max_shard_gb} must lie in (0, 10^9)")
     if args.format == "gguf":
         import_gguf()
 

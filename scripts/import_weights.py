@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 # Nothing here needs a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import command_line
 import numpy as np
 import tyro
 
@@ -67,7 +68,9 @@ class Import:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and imports; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = tyro.cli(Import, args=words, prog="import_weights.py", description=__doc__)
+    args = command_line.parse(
+        Import, args=words, prog="import_weights.py", description=__doc__
+    )
     try:
         import_weights(args, must_verify="--verify" in words)
     except (ValueError, OSError) as error:
@@ -132,16 +135,23 @@ def _prove(
             raise ValueError(f"--verify cannot compare {path}: {reason}")
         return f"not verified: {reason}"
     from verify_import import verify_import
+    from verify_weights import first_line
 
     # As they lie there, before --dtype: rounding is no mistake.
     params = read_params(path, model, format=format)
-    checks = verify_import(path, params, model, format=format, tokenizer=tokenizer)
+    program = "transformers" if format == "llama" else "torch_ref"
+    try:
+        checks = verify_import(path, params, model, format=format, tokenizer=tokenizer)
+    except Exception as error:  # programs of others raise all sorts
+        raise ValueError(
+            f"{path} cannot be opened by {program} ({first_line(error)}): it was not "
+            f"imported; --no-verify imports it all the same"
+        ) from None
     wrong = [check["name"] for check in checks if not check["passed"]]
     figures = {k: v for check in checks for k, v in check.items()}
     if wrong:
         raise ValueError(
-            f"{path} computes something else in "
-            f"{'transformers' if format == 'llama' else 'torch_ref'} than here "
+            f"{path} computes something else in {program} than here "
             f"({'; '.join(wrong)}; logits {figures['relative_l2']} apart): it was not "
             f"imported; --no-verify imports it all the same"
         )
@@ -229,11 +239,10 @@ def _from_trainer(path: Path, args: Import) -> tuple[RunConfig, dict[str, Any]]:
             )
     from torch_moments import read_trainer
 
-    config, state = read_trainer(path)
     format, model = read_config(path)
-    if dataclasses.replace(config.model, dropout=model.dropout) != model:
-        raise ValueError(f"{path}: config.json and {TRAINER} describe different models")
-    params = read_params(path, config.model, format=format)
+    # First the weights: a network that they do not fill is not built.
+    params = read_params(path, model, format=format)
+    config, state = read_trainer(path, model)
     where = args.data or config.data.path
     if not args.data and where and not Path(where.partition("=")[0]).exists():
         print(
@@ -253,28 +262,40 @@ def _from_trainer(path: Path, args: Import) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def _tokenizer(path: Path, args: Import, model: ModelConfig) -> Tokenizer | None:
-    """The tokenizer that was given, or the one that came with the weights.
+    """The tokenizer that was given, or the one that came with the weights, or that of
+    the data.
 
-    Raises: ValueError if the given one is not ours, or has more ids than the model.
+    Raises: ValueError if a given one is not ours, or has more ids than the model, or is
+    another than that of the data.
     """
     beside = (path if path.is_dir() else path.parent) / "tokenizer.json"
-    file = args.tokenizer or (
-        Path(args.data) / "tokenizer.json" if args.data else beside
-    )
-    if args.tokenizer is None and not file.exists():
-        return None
-    try:
-        tokenizer = Tokenizer.load(file)
-    except ValueError as error:
-        if args.tokenizer is not None or args.data:
-            raise
-        print(f"note: without a tokenizer, since {error}", file=sys.stderr)
+    file, tokenizer = args.tokenizer or beside, None
+    if args.tokenizer is not None or beside.exists():
+        try:
+            tokenizer = Tokenizer.load(file)
+        except ValueError as error:
+            if args.tokenizer is not None:
+                raise
+            print(f"note: without its tokenizer, since {error}", file=sys.stderr)
+    if args.data:
+        theirs = Tokenizer.load(Path(args.data) / "tokenizer.json")
+        if tokenizer is not None and tokenizer.sha256 != theirs.sha256:
+            raise ValueError(
+                f"--data {args.data} was prepared with another tokenizer than {file}: "
+                f"prepare it with --tokenizer {file}, or leave --data out"
+            )
+        file, tokenizer = Path(args.data) / "tokenizer.json", theirs
+    if tokenizer is None:
         return None
     if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
+        larger = (
             f"{file} has {tokenizer.vocab_size} ids, and the model only "
-            f"{model.vocab_size}: give the tokenizer that belongs to it"
+            f"{model.vocab_size}"
         )
+        if args.tokenizer is not None or args.data:
+            raise ValueError(f"{larger}: give the tokenizer that belongs to it")
+        print(f"note: without its tokenizer, since {larger}", file=sys.stderr)
+        return None
     return tokenizer
 
 

@@ -68,21 +68,36 @@ def verify(
 ) -> list[dict[str, Any]]:
     """Compares what `folder` computes with what `params` compute.
 
-    Returns one entry for each check: its name, whether it passed, and its figures.
-
-    Raises: ValueError if what opens the folder is not installed.
+    Returns one entry for each check: its name, whether it passed, and its figures. A
+    folder that cannot even be opened has failed a check of that name.
     """
     ours = our_logits(params, config)
-    checks = [_bits(folder, params, config, format)]
+    stages = {"weights read back": lambda: [_bits(folder, params, config, format)]}
     if format == "llama":
-        checks += with_transformers(folder, ours, text, tokenizer)
+        stages["opened by transformers"] = lambda: with_transformers(
+            folder, ours, text, tokenizer
+        )
     elif format == "k_model":
-        checks += _with_k_model(folder, ours, text)
+        stages["opened by torch_ref"] = lambda: _with_k_model(folder, ours, text)
     elif importlib.util.find_spec("xllamacpp") is not None:
         from verify_gguf import with_llama_cpp
 
-        checks += with_llama_cpp(gguf_file(folder), ours, text, tokenizer)
+        stages["opened by llama.cpp"] = lambda: with_llama_cpp(
+            gguf_file(folder), ours, text, tokenizer
+        )
+    checks = []
+    for name, stage in stages.items():
+        try:
+            checks += stage()
+        except Exception as error:  # programs of others raise all sorts
+            checks.append({"name": name, "passed": False, "error": first_line(error)})
     return checks
+
+
+def first_line(error: Exception) -> str:
+    """An exception in one line that can be read."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]
 
 
 def missing_package(format: Format) -> str | None:

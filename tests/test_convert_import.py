@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ def refused(capsys, *args: object, out: Path) -> str:
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("import_weights.py: ") and said.err.count("\n") == 1
+    assert len(said.err) < 700
     assert sorted(out.parent.iterdir()) == before
     return said.err
 
@@ -140,7 +143,7 @@ def test_random_llamas_import_and_match_transformers(name, tmp_path, capsys):
     assert import_weights.main([str(folder), "--out", str(out)]) == 0
     said = capsys.readouterr()
     assert "; verified, logits within" in said.out
-    assert ("[CLS]" in said.err and "without a tokenizer" in said.err) == foreign
+    assert ("[CLS]" in said.err and "without its tokenizer" in said.err) == foreign
     assert not (out / "tokenizer.json").exists()
     config, params = imported(out)
     length = min(256, config.max_seq_len)
@@ -240,6 +243,37 @@ def test_a_pickle_that_holds_code_is_refused_and_nothing_runs(tmp_path, capsys):
         refused(capsys, folder / "model.pth", "--allow-pickle", out=tmp_path / "out")
     (folder / "model.pth").write_bytes(b"\x80\x04not a pickle")
     refused(capsys, folder / "model.pth", "--allow-pickle", out=tmp_path / "out")
+
+
+def _packed(path: Path) -> None:
+    """Compresses a .pth, whose numbers then take memory that the file does not have."""
+    with zipfile.ZipFile(path) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+
+
+def test_a_pickle_cannot_claim_more_than_it_holds(tmp_path, capsys):
+    path, out = tmp_path / "model.pth", tmp_path / "out"
+    write_json(tmp_path / "config.json", k_model_config(SMALL))
+    tensors = to_state_dict(trained_like(SMALL), SMALL, format="k_model")
+    good = {name: torch.tensor(np.array(t)) for name, t in tensors.items()}
+    norm = "norm.weight"
+    odd = {
+        "more numbers than": {norm: torch.zeros(1).expand(10**12)},
+        "without numbers": {norm: torch.ones(64, device="meta")},
+        "float8": {norm: torch.ones(64).to(torch.float8_e4m3fn)},
+        "is no name": {1: torch.ones(1), "zz": torch.ones(1)},
+        "unpacks": {},
+    }
+    for says, change in odd.items():
+        torch.save(good | change, path)
+        if not change:
+            _packed(path)
+        assert says in refused(capsys, path, "--allow-pickle", out=out)
+    torch.save(good, path)
+    imports([str(path), "--out", str(out), "--allow-pickle"])
 
 
 def _edit(folder: Path, **values: object) -> None:
@@ -380,6 +414,10 @@ DAMAGE = {
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "pytorch_model.bin",
     ),
+    "a value without end": (
+        lambda f: _edit(f, hidden_act="relu" * 10**5),
+        "hidden_act",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
 }
 
@@ -406,6 +444,18 @@ def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys):
     big.save(tmp_path / "tokenizer.json")
     args = (folder, "--tokenizer", tmp_path / "tokenizer.json")
     assert "ids" in refused(capsys, *args, out=out)
+    tensors = to_state_dict(trained_like(SMALL), SMALL, format="llama")
+    big_one = tensors["model.norm.weight"] * 1e6
+    write_tensors(folder, tensors | {"model.norm.weight": big_one})
+    said = refused(capsys, folder, "--dtype", "float16", out=out)
+    assert "'norm/weight' reaches" in said and "bfloat16" in said
+    write_tensors(folder, tensors)
+    TOKENIZER.save(folder / "tokenizer.json")
+    (tmp_path / "data").mkdir()
+    train_tokenizer(["another text"], 290).save(tmp_path / "data" / "tokenizer.json")
+    said = refused(capsys, folder, "--data", tmp_path / "data", out=out)
+    assert "another tokenizer" in said
+    (folder / "tokenizer.json").unlink()
     said = refused(capsys, folder, "--data", tmp_path / "no", out=out)
     assert "does not exist" in said
     out.mkdir()
@@ -418,8 +468,19 @@ def test_a_foreign_tokenizer_is_left_out_with_a_word(tmp_path, capsys):
     write_llama(folder)
     (folder / "tokenizer.json").write_text("{}")
     imports([str(folder), "--out", str(tmp_path / "run")])
-    assert "without a tokenizer" in capsys.readouterr().err
+    assert "without its tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "run" / "tokenizer.json").exists()
+    shutil.rmtree(tmp_path / "run")
+    # One of our kind that somebody gave a token beyond the embedding.
+    values = json.loads(TOKENIZER._text)
+    values["added_tokens"].append(
+        values["added_tokens"][0] | {"id": 5000, "content": "<pad>"}
+    )
+    pad = values["added_tokens"][-1]["content"]
+    values["model"]["vocab"][pad] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    imports([str(folder), "--out", str(tmp_path / "run")])
+    assert "has 5001 ids" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run")
     TOKENIZER.save(folder / "tokenizer.json")
     imports([str(folder), "--out", str(tmp_path / "run")])
@@ -443,6 +504,13 @@ def test_an_import_that_computes_something_else_is_refused(
     monkeypatch.setattr(import_weights, "read_params", forgetful)
     said = refused(capsys, folder, out=out)
     assert "transformers" in said and "--no-verify" in said
+    # And one that transformers does not open at all.
+    odd = replace(SMALL, dim=66)
+    tensors = to_state_dict(trained_like(odd), odd, format="llama")
+    write_tensors(folder, tensors)
+    _edit(folder, hidden_size=66)
+    assert "cannot be opened by transformers" in refused(capsys, folder, out=out)
+    write_llama(folder)
     imports([str(folder), "--out", str(out)])
     monkeypatch.undo()
     file = folder / "model.safetensors"

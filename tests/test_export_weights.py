@@ -254,6 +254,25 @@ def test_a_number_lost_in_config_json_fails_the_export(
     assert report(tmp_path / "out.failed")["status"] == "failed"
 
 
+@pytest.mark.parametrize("format", ["llama", "k_model", "gguf"])
+def test_an_export_that_cannot_be_opened_fails_and_is_marked(
+    run, tmp_path, monkeypatch, capsys, format
+):
+    write = export_weights.write_export
+
+    def cut(draft, *args, **options):
+        write(draft, *args, **options)
+        (file,) = [p for p in draft.iterdir() if p.suffix in (".safetensors", ".gguf")]
+        file.write_bytes(file.read_bytes()[:-4000])
+
+    monkeypatch.setattr(export_weights, "write_export", cut)
+    assert export(run, "--format", format, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "weights read back" in said and "out.failed" in said
+    assert report(tmp_path / "out.failed")["status"] == "failed"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
+
+
 def test_without_torch_the_export_is_written_and_says_so(
     run, tmp_path, capsys, monkeypatch
 ):
@@ -279,6 +298,7 @@ REFUSED = {
         ("RUN", "--format", "k_model", "--optimizer", "--dtype", "bfloat16"),
         "--dtype",
     ),
+    "no end of a shard": (("RUN", "--max-shard-gb", "inf"), "--max-shard-gb"),
     "no shard is that small": (("RUN", "--max-shard-gb", "0"), "--max-shard-gb"),
     "not ours to replace": (("RUN", "--out", "THESIS"), "--out"),
 }

@@ -131,13 +131,14 @@ def config_from_llama(values: Mapping[str, Any]) -> ModelConfig:
     for name, allowed in _ONLY.items():
         if name in values and values[name] not in allowed:
             raise ValueError(
-                f"config.json: {name}={values[name]!r} cannot be represented here, "
-                f"only {name}={allowed[0]!r}: import another model"
+                f"config.json: {name}={_shown(values[name])} cannot be represented "
+                f"here, only {name}={allowed[0]!r}: import another model"
             )
     for name in _NEEDED:
         if name not in values:
             raise ValueError(
-                f"config.json lacks {name!r}: take the file that belongs to the weights"
+                f"config.json: {name!r} is missing: take the file that belongs to the "
+                f"weights"
             )
     # Defaults below are those of transformers' LlamaConfig.
     n_heads, n_kv_heads = (
@@ -170,8 +171,8 @@ def config_from_k_model(values: Mapping[str, Any]) -> ModelConfig:
     unknown = sorted(set(values) - set(names) - _BESIDES)
     if unknown:
         raise ValueError(
-            f"config.json has the unknown field {unknown[0]!r}={values[unknown[0]]!r}: "
-            f"a k_model has {', '.join(names)}"
+            f"config.json: {_shown(unknown[0])}={_shown(values[unknown[0]])} is not "
+            f"known: a k_model has {', '.join(names)}"
         )
     return _model_config(**{name: values[name] for name in names if name in values})
 
@@ -197,13 +198,13 @@ def _require_architecture(
 ) -> None:
     if values.get("model_type") != model_type:
         raise ValueError(
-            f"config.json: model_type={values.get('model_type')!r} is not known here: "
-            f"only 'llama' and 'k_model' can be imported"
+            f"config.json: model_type={_shown(values.get('model_type'))} is not known "
+            f"here: only 'llama' and 'k_model' can be imported"
         )
     if values.get("architectures") not in ([architecture], None):
         raise ValueError(
-            f"config.json: architectures={values['architectures']!r} is not known "
-            f"here: a {model_type} must be a {[architecture]!r}"
+            f"config.json: architectures={_shown(values['architectures'])} is not "
+            f"known here: a {model_type} must be a {[architecture]!r}"
         )
 
 
@@ -211,18 +212,20 @@ def _rope_theta(values: Mapping[str, Any]) -> float:
     """The base of the rotary embedding; transformers 5 keeps it in rope_parameters."""
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
-        raise ValueError(f"config.json: rope_parameters={rope!r} must be an object")
+        raise ValueError(
+            f"config.json: rope_parameters={_shown(rope)} must be an object"
+        )
     for name, value in rope.items():
         if name != "rope_theta" and value not in _ONLY_ROPE.get(name, ()):
             raise ValueError(
-                f"config.json: rope_parameters.{name}={value!r} cannot be represented "
-                f"here, only unscaled rotary embeddings (rope_type 'default'): import "
-                f"another model"
+                f"config.json: rope_parameters.{name}={_shown(value)} cannot be "
+                f"represented here, only unscaled rotary embeddings (rope_type "
+                f"'default'): import another model"
             )
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     if values.get("rope_theta", theta) != theta:
         raise ValueError(
-            f"config.json: rope_theta={values['rope_theta']!r} contradicts "
+            f"config.json: rope_theta={_shown(values['rope_theta'])} contradicts "
             f"rope_parameters.rope_theta={theta!r}: make them equal"
         )
     return float(_number("rope_theta", theta))
@@ -230,16 +233,22 @@ def _rope_theta(values: Mapping[str, Any]) -> float:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"config.json: {name}={value!r} must be a number")
+        raise ValueError(f"config.json: {name}={_shown(value)} must be a number")
     # An integer may be too large to be any float.
     if abs(value) > sys.float_info.max or value != value:
-        raise ValueError(f"config.json: {name}={value!r} must be finite")
+        raise ValueError(f"config.json: {name}={_shown(value)} must be finite")
     return value
 
 
 def _require_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"config.json: {name}={value!r} must be true or false")
+        raise ValueError(f"config.json: {name}={_shown(value)} must be true or false")
+
+
+def _shown(value: Any) -> str:
+    # Whatever it is, the message stays a line that can be read.
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _given(name: str, value: Any) -> Any:

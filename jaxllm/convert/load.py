@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.convert.configs import config_from
-from jaxllm.convert.dtypes import as_dtype, require_finite
+from jaxllm.convert.dtypes import cast, require_finite
 from jaxllm.convert.names import Format, from_state_dict
 from jaxllm.convert.tensors import read_json, read_tensors
 
@@ -73,20 +73,19 @@ def params_from(
     return params
 
 
-def cast_tree(tree: dict[str, Any], dtype: str) -> dict[str, Any]:
+def cast_tree(tree: dict[str, Any], dtype: str, *, where: str = "") -> dict[str, Any]:
     """Rounds every leaf of our tree to `dtype`.
 
-    Raises: ValueError naming a leaf that does not fit.
+    Raises: ValueError naming a leaf that is not finite, or too large for `dtype`.
     """
-    rounded = {}
-    for name, leaf in tree.items():
-        if isinstance(leaf, dict):
-            rounded[name] = cast_tree(leaf, dtype)
-            continue
-        with np.errstate(over="ignore"):
-            rounded[name] = leaf.astype(as_dtype(dtype), copy=False)
-        require_finite(name, rounded[name])
-    return rounded
+    leaves = {f"{where}{name}": leaf for name, leaf in tree.items()}
+    rounded = cast({k: v for k, v in leaves.items() if not isinstance(v, dict)}, dtype)
+    return {
+        name: cast_tree(leaf, dtype, where=f"{where}{name}/")
+        if isinstance(leaf, dict)
+        else rounded[f"{where}{name}"]
+        for name, leaf in tree.items()
+    }
 
 
 def _without_buffers(

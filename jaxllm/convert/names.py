@@ -138,7 +138,7 @@ def from_state_dict(
     extra = sorted(set(tensors) - known)
     if extra:
         raise ValueError(
-            f"tensor {extra[0]!r} has no place in this model ({config.n_layers} "
+            f"tensor {extra[0][:100]!r} has no place in this model ({config.n_layers} "
             f"layers, tie_word_embeddings={config.tie_word_embeddings}; {len(extra)} "
             f"such): check that weights and configuration belong together"
         )
