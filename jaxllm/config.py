@@ -128,7 +128,7 @@ class DataConfig:
     def __post_init__(self):
         require_choices("data", self)
         require_int("data.seq_len", self.seq_len, at_least=0)
-        require_int("data.seed", self.seed, at_least=0)
+        require_int("data.seed", self.seed, at_least=0, at_most=2**32 - 1)
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,15 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "config") -> An
     return cls(**built)
 
 
-def require_int(name: str, value: object, *, at_least: int) -> None:
-    """Raises ValueError unless the field `name` holds an integer from a bound on."""
+def require_int(
+    name: str, value: object, *, at_least: int, at_most: int = 2**31 - 1
+) -> None:
+    """Raises ValueError unless the field `name` holds an integer within bounds; the
+    upper one is by default what the step counter and array shapes can hold."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name}={value!r} must be an integer >= {at_least}")
+    if value > at_most:
+        raise ValueError(f"{name}={value!r} must be at most {at_most}: lower it")
 
 
 def require_choices(where: str, config: Any) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_data  # isort: skip
+import command_line  # isort: skip
 from bench_common import BATCHES, SHAPES, median, run_config  # isort: skip
 from bench_probe import JOBS  # isort: skip
 from bench_process import Failed, Worker, environment, has_gpu  # isort: skip
@@ -58,8 +59,8 @@ class Bench:
         """Starts a worker, and waits until it is ready."""
         spec = {
             "shape": self.args.shape, "tokens": self.args.tokens,
-            "threads": self.args.threads, "compute": settings(self.args.set),
-            "device": "cuda" if self.gpu else "cpu",
+            "threads": self.args.threads, "device": "cuda" if self.gpu else "cpu",
+            "compute": command_line.compute_changes("--set", self.args.set),
             "cache": str(self.caches / "jax"),
             "dtype": self.record["dtype"], **more,
         }  # fmt: skip
@@ -284,8 +285,7 @@ def data(args: argparse.Namespace) -> int:
         write(record, path)
 
     if args.megabytes < 1:
-        print("bench.py: --megabytes must be at least 1", file=sys.stderr)
-        return 2
+        raise ValueError(f"--megabytes {args.megabytes} must be at least 1")
     workers = args.threads or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         bench_data.measure(
@@ -295,28 +295,9 @@ def data(args: argparse.Namespace) -> int:
     return 0
 
 
-def settings(pairs: list[str]) -> dict[str, str]:
-    """Reads NAME=VALUE pairs.
-
-    Raises: ValueError for a text without "=".
-    """
-    for pair in pairs:
-        if "=" not in pair:
-            raise ValueError(f"--set {pair}: write NAME=VALUE, such as layer=plain")
-    return dict(pair.split("=", 1) for pair in pairs)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
-        prog="bench.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_line.Parser(prog="bench.py", description=__doc__)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--compare", action="store_true", help="ours against PyTorch")
     mode.add_argument("--probe", action="store_true", help="the parts of a step")
@@ -346,6 +327,19 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one mode; returns the exit code."""
     args = make_parser().parse_args(argv)
+    return command_line.call(lambda: execute(args))
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Runs the mode that was asked for; returns the exit code.
+
+    Raises: ValueError for what the user can mend.
+    """
+    for name in ("rounds", "threads", "budget_s", "build_s"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 0")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: its folder is not there; make it first")
     if args.table:
         print(f"docs/benchmarks.md: {regenerate()} records")
         return 0
@@ -354,12 +348,9 @@ def main(argv: list[str] | None = None) -> int:
     gpu = not args.cpu and has_gpu()
     args.shape = args.shape or ("A" if gpu else "small")
     args.batches = args.batches or list(BATCHES[args.shape][0 if gpu else 1])
-    try:
-        for batch in args.batches:
-            run_config(args.shape, batch, compute=settings(args.set))
-    except ValueError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        return 2
+    compute = command_line.compute_changes("--set", args.set)
+    for batch in args.batches:
+        run_config(args.shape, batch, compute=compute)
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"the machine is busy (load {load:.1f}): figures will be worse, and less")

@@ -6,7 +6,7 @@
     python scripts/evaluate.py some/llama-folder --data data/poems --split val
     python scripts/evaluate.py runs/poems --tasks my_task --task-path tasks/
 
-WEIGHTS is a run, a Hugging Face Llama folder, or a folder or .safetensors file of a
+PATH is a run, a Hugging Face Llama folder, or a folder or .safetensors file of a
 k_model. Documents are scored as the training's own validation does it: one stream of
 windows as long as the context.
 """

@@ -68,15 +68,8 @@ class Export:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and exports; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = command_line.parse(
-        Export, args=words, prog="export_weights.py", description=__doc__
-    )
-    try:
-        export(args, must_verify="--verify" in words)
-    except (ValueError, OSError) as error:
-        print(f"export_weights.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = command_line.parse(Export, args=words, description=__doc__)
+    return command_line.call(lambda: export(args, must_verify="--verify" in words))
 
 
 def export(args: Export, *, must_verify: bool = False) -> None:

@@ -68,15 +68,9 @@ class Import:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and imports; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    args = command_line.parse(
-        Import, args=words, prog="import_weights.py", description=__doc__
-    )
-    try:
-        import_weights(args, must_verify="--verify" in words)
-    except (ValueError, OSError) as error:
-        print(f"import_weights.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = command_line.parse(Import, args=words, description=__doc__)
+    verify = "--verify" in words
+    return command_line.call(lambda: import_weights(args, must_verify=verify))
 
 
 def import_weights(args: Import, *, must_verify: bool = False) -> None:

@@ -1,15 +1,17 @@
 """Shows what a data folder holds: rows as the model sees them, statistics, sources.
 
-python scripts/inspect_data.py data/poems
-python scripts/inspect_data.py data/poems --rows 3 --seq-len 64 --layout rows
-python scripts/inspect_data.py data/poems --histogram lengths.png --verify
+    python scripts/inspect_data.py data/poems
+    python scripts/inspect_data.py data/poems --rows 3 --seq-len 64 --layout rows
+    python scripts/inspect_data.py data/poems --histogram lengths.png --verify
+
+PATH is a folder that scripts/prepare_data.py made, or the data folder of a demo run.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import command_line
 import numpy as np
 import tyro
 
@@ -17,6 +19,8 @@ from jaxllm.data.batches import Batches
 from jaxllm.data.shards import Manifest, load_manifest, load_tokenizer, verify_hashes
 from jaxllm.data.stream import TokenStream
 from jaxllm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+LONGEST_ROW = 1 << 20
 
 
 @dataclass
@@ -48,12 +52,19 @@ class Arguments:
 
 
 def main() -> None:
-    args = tyro.cli(Arguments, description=__doc__)
+    """Prints what was asked for.
+
+    Raises: ValueError naming the flag, or the folder, and what is wrong with it.
+    """
+    args = command_line.parse(Arguments, description=__doc__)
     for name in ("rows", "first", "documents"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} {getattr(args, name)} must be >= 0")
-    if args.seq_len < 1:
-        raise ValueError(f"--seq-len {args.seq_len} must be at least 1")
+    if not 1 <= args.seq_len <= LONGEST_ROW:
+        raise ValueError(
+            f"--seq-len {args.seq_len} must be from 1 to {LONGEST_ROW}: no model's "
+            f"context is longer"
+        )
     manifest = load_manifest(args.folder)
     if args.verify:
         print(f"verified: {verify_hashes(manifest):,} bytes are as the manifest says\n")
@@ -182,10 +193,4 @@ def draw_histogram(lengths: dict[str, np.ndarray], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # | head
-        sys.stderr.close()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command_line.run(main)

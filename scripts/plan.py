@@ -15,6 +15,8 @@ import json
 import logging
 import sys
 
+import command_line
+
 from jaxllm.config import ComputeConfig, RunConfig
 from jaxllm.fields import from_dict
 from jaxllm.plan import report
@@ -23,17 +25,9 @@ from jaxllm.plan.targets import TARGETS
 from jaxllm.presets import PRESETS, preset
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
-        prog="plan.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_line.Parser(prog="plan.py", description=__doc__)
     add = parser.add_argument
     add("--target", choices=[*TARGETS, "cpu"], default="h100")
     add("--preset", choices=list(PRESETS), default="k-215m")

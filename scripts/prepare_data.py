@@ -8,12 +8,14 @@ same command goes on where it stopped, and the result is the same to the byte.
 """
 
 import errno
+import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import command_line
 import tyro
 
 from jaxllm.data.corpus import Manifest, Progress, prepare, submit
@@ -60,9 +62,31 @@ class Arguments:
     """With slurm: print the job scripts and submit nothing."""
 
 
-def main() -> None:
-    args = tyro.cli(Arguments, description=__doc__)
+def main() -> int:
+    """Prepares the folder; returns the exit code."""
+    args = command_line.parse(Arguments, description=__doc__)
+    try:
+        prepare_folder(args)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"{error}: make room beside --out; the same command goes on from here"
+        ) from None
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def prepare_folder(args: Arguments) -> None:
+    """Prepares the folder, or submits the jobs that will.
+
+    Raises: ValueError, or OSError, naming what is wrong.
+    """
     began = time.monotonic()
+    if not 0 < args.sample_mb < math.inf:
+        raise ValueError(f"--sample-mb {args.sample_mb} must be a number above 0")
     recipe = {
         "vocab_size": args.vocab_size,
         "tokenizer": args.tokenizer,
@@ -170,14 +194,4 @@ def print_summary(manifest: Manifest, out: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        goes_on = ""
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            goes_on = ": make room beside --out; the same command goes on from here"
-        print(f"error: {error}{goes_on}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    command_line.run(main)

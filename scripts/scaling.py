@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import command_line
+
 from jaxllm.plan import scaling, targets
 from jaxllm.plan.scaling import (
     CHECKS,
@@ -90,10 +92,9 @@ stands here for comparison: jaxllm shards moments together with their weights.
 """
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    """Parses the command line; records, and prints or writes the document."""
+    parser = command_line.Parser(description=__doc__)
     parser.add_argument("--record", action="store_true", help="compile anew")
     parser.add_argument("--size", choices=SIZES, help="record this size only")
     parser.add_argument("--write", action="store_true", help="write docs/scaling.md")
@@ -110,14 +111,12 @@ def main() -> int:
         try:
             record(args.size)
         except RuntimeError as error:
-            print(f"scaling: {error}", file=sys.stderr)
-            return 2
+            raise ValueError(str(error)) from None
     text = document(json.loads(RECORD.read_text("utf-8")), dict(args.step_ms))
     if args.write:
         (DOCS / "scaling.md").write_text(text, encoding="utf-8")
     else:
         print(text, end="")
-    return 0
 
 
 def measured(text: str) -> tuple[str, float]:
@@ -342,4 +341,4 @@ def predicted(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

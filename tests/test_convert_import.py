@@ -67,7 +67,7 @@ def refused(capsys, *args: object, out: Path) -> str:
     assert import_weights.main([*map(str, args), "--out", str(out)]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("import_weights.py: ") and said.err.count("\n") == 1
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
     assert len(said.err) < 700
     assert sorted(out.parent.iterdir()) == before
     return said.err

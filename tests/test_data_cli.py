@@ -88,6 +88,21 @@ def a_vocabulary_too_small(place):
     return ["--input", "a.jsonl", "--vocab-size", "10"], ["vocab_size=10", "261"]
 
 
+def a_vocabulary_beyond_memory(place):
+    write_lines(place / "a.jsonl", [record("a")])
+    words = ["vocab_size=99999999999", "lower it"]
+    return ["--input", "a.jsonl", "--vocab-size", "99999999999"], words
+
+
+def a_sample_that_is_no_number(place):
+    write_lines(place / "a.jsonl", [record("a")])
+    return ["--input", "a.jsonl", "--sample-mb", "nan"], ["--sample-mb nan"]
+
+
+def an_unknown_flag(place):
+    return ["--input", "a.jsonl", "--vocab", "300"], ["--vocab", "--help"]
+
+
 def a_tokenizer_that_is_missing(place):
     write_lines(place / "a.jsonl", [record("a")])
     return ["--input", "a.jsonl", "--tokenizer", "t.json"], ["t.json", "not exist"]
@@ -128,6 +143,9 @@ def a_dry_run_without_slurm(place):
         too_much_damage,
         a_gzip_that_is_none,
         a_vocabulary_too_small,
+        a_vocabulary_beyond_memory,
+        a_sample_that_is_no_number,
+        an_unknown_flag,
         a_tokenizer_that_is_missing,
         an_out_that_is_something_else,
         an_out_that_is_a_file,
@@ -239,6 +257,9 @@ def test_inspecting_what_is_no_data_folder_is_one_clear_line(prepared):
     refused(run("inspect_data.py", "nowhere", cwd=place), "nowhere", "does not exist")
     refused(run("inspect_data.py", ".", cwd=place), "is not a data folder")
     refused(run("inspect_data.py", "data", "--rows", -1, cwd=place), "--rows -1")
+    refused(run("inspect_data.py", "data", "--row", 1, cwd=place), "--row,", "--help")
+    words = "inspect_data.py", "data", "--seq-len", 1 << 40
+    refused(run(*words, cwd=place), f"--seq-len {1 << 40}")
 
 
 @pytest.mark.slow

@@ -316,7 +316,7 @@ def test_bad_arguments_are_refused_in_one_line(case, run, tmp_path, capsys):
         args += ["--out", str(tmp_path / "out")]
     assert export(*args) == 2
     said = capsys.readouterr().err
-    assert said.startswith("export_weights.py: ") and said.count("\n") == 1
+    assert said.startswith("error: ") and said.count("\n") == 1
     assert says in said
     assert [p.name for p in tmp_path.iterdir()] == ["thesis"]
 

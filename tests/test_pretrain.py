@@ -20,7 +20,7 @@ from jaxllm.train import run as run_module
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.digest import digest_state
 from jaxllm.train.loop import run
-from jaxllm.train.metrics import read_jsonl
+from jaxllm.train.metrics import Meter, read_jsonl
 from jaxllm.train.run_folder import RunFolder
 from jaxllm.train.step_folders import CheckpointError
 
@@ -283,6 +283,28 @@ def test_compiled_once_without_transfers(data, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "prepare", prepare)
     run(tiny(data, tmp_path / "guarded", steps=6))
     assert programs[0].program.train_step._cache_size() == 1
+
+
+def test_compiling_is_not_taken_for_the_speed_of_a_step(data, tmp_path, monkeypatch):
+    now = [0.0]
+    true_prepare = loop.prepare
+
+    def prepare(*args):
+        prepared = true_prepare(*args)
+        step = prepared.program.train_step
+
+        def slow_at_first(state, batch):
+            now[0] += 500.0 if not step._cache_size() else 0.25
+            return step(state, batch)
+
+        program = replace(prepared.program, train_step=slow_at_first)
+        return replace(prepared, program=program, meter=Meter(lambda: now[0]))
+
+    monkeypatch.setattr(loop, "prepare", prepare)
+    run(tiny(data, tmp_path / "timed", steps=5, log_every=1))
+    records = read_jsonl(tmp_path / "timed" / "metrics.jsonl")
+    steps = [record["step_ms"] for record in records if "step_ms" in record]
+    assert len(steps) == 5 and steps[0] == 0 and sum(steps) == 4 * 250.0
 
 
 REFUSALS = {

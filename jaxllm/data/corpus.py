@@ -17,7 +17,7 @@ from jaxllm.data.reading import plan_units
 from jaxllm.data.sampling import sample_texts
 from jaxllm.data.shards import Manifest, load_manifest
 from jaxllm.data.sources import find_sources
-from jaxllm.data.tokenizer import SMALLEST_VOCAB, Tokenizer, train_tokenizer
+from jaxllm.data.tokenizer import Tokenizer, require_vocab_size, train_tokenizer
 from jaxllm.data.work import existing_result, work_folder
 
 if TYPE_CHECKING:
@@ -65,11 +65,7 @@ class Recipe:
     """Tokens of a shard, about."""
 
     def __post_init__(self):
-        if self.vocab_size < SMALLEST_VOCAB:
-            raise ValueError(
-                f"vocab_size={self.vocab_size} is too small: the special tokens and "
-                f"256 bytes need at least {SMALLEST_VOCAB}"
-            )
+        require_vocab_size(self.vocab_size)
         if not 0.0 <= self.val_fraction < 1.0:
             raise ValueError(f"val_fraction={self.val_fraction} must lie in [0, 1)")
         if self.seed < 0:

@@ -25,6 +25,7 @@ END_ID = 4
 """Closes a document."""
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 """The special tokens and one entry for each byte: below this, text has no encoding."""
+LARGEST_VOCAB = 1 << 24
 
 # What a foreign tokenizer tends to change: case, unicode form, spaces, line ends.
 _PROBE = (
@@ -192,19 +193,31 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start:]
 
 
+def require_vocab_size(vocab_size: int) -> None:
+    """Raises ValueError for a size without room for the special tokens and 256 bytes,
+    or one for which the trainer's tables would take all memory."""
+    if vocab_size < SMALLEST_VOCAB:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: {len(SPECIAL_TOKENS)} special "
+            f"tokens and 256 bytes need at least {SMALLEST_VOCAB}"
+        )
+    if vocab_size > LARGEST_VOCAB:
+        raise ValueError(
+            f"vocab_size={vocab_size} is beyond {LARGEST_VOCAB}: lower it, since "
+            f"tokenizers have 6,000 to 300,000 entries"
+        )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE with the GPT-2 pattern on some texts.
 
     The result depends on the texts alone, not on their order or on threads. It has
     fewer than `vocab_size` entries when the texts hold fewer pairs to merge.
 
-    Raises: ValueError if `vocab_size` has no room for the special tokens and 256 bytes.
+    Raises: ValueError if `vocab_size` has no room for the special tokens and 256 bytes,
+    or is beyond any use.
     """
-    if vocab_size < SMALLEST_VOCAB:
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small: {len(SPECIAL_TOKENS)} special "
-            f"tokens and 256 bytes need at least {SMALLEST_VOCAB}"
-        )
+    require_vocab_size(vocab_size)
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

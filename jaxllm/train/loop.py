@@ -185,7 +185,11 @@ def advance(run: Run, state: State, stop: Stop) -> State:
     ahead: deque[jax.Array] = deque()
     for step, batch, waited in prefetched(run, first):
         run.meter.waited(waited)
+        if step == first:  # the call compiles, which says nothing about the time left
+            run.meter.pause()
         state, metrics = run.program.train_step(state, batch)
+        if step == first:
+            run.meter.resume()
         run.pending.append(metrics)
         ahead.append(metrics["loss"])
         # Two steps are under way at most: enough for the device to be never without
