@@ -70,9 +70,16 @@ class ComputeConfig:
         """Replaces every auto by the choice for a device.
 
         `platform` is "cpu" or "gpu"; `compute_capability` is NVIDIA's (8.0 is Ampere).
+
+        Raises: ValueError for a kernel that the device does not have.
         """
         cpu = platform == "cpu"
         ampere = platform == "gpu" and compute_capability >= 8.0
+        if self.attention == "cudnn" and not ampere:
+            raise ValueError(
+                f"compute.attention=cudnn needs an NVIDIA GPU from Ampere on, and this "
+                f"is a {platform}: use auto"
+            )
         compute = self.compute_dtype
         if compute == "auto":
             compute = "bfloat16" if ampere else "float32"

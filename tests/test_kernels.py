@@ -293,3 +293,8 @@ def test_auto_chooses_fast_forms_on_a_gpu():
         gpu, attention="cudnn", layer="fused", cross_entropy="chunked",
         embedding="sorted", unroll=18, compute_dtype="bfloat16",
     )  # fmt: skip
+
+
+def test_cudnn_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="compute.attention=cudnn.*this is a cpu"):
+        ComputeConfig(attention="cudnn").resolve(n_layers=1)

@@ -50,7 +50,9 @@ def test_tokens_per_second_leave_out_paused_time():
     assert meter.read() == {"tokens_per_s": 500.0, "step_ms": 500.0, "data_wait": 0.1}
     clock.now += 1.0
     meter.stepped(70)
-    assert meter.read()["tokens_per_s"] == pytest.approx(70.0)
+    # What was counted before the last reading is forgotten.
+    expected = {"tokens_per_s": 70.0, "step_ms": 1000.0, "data_wait": 0.0}
+    assert meter.read() == pytest.approx(expected)
     assert meter.trained_s == pytest.approx(6.0)
 
 
@@ -91,6 +93,12 @@ def test_unknown_devices_have_no_utilisation():
         n_devices=1,
     )  # fmt: skip
     assert known["mfu"] == pytest.approx(365e3 * 1_347_158_016 / 989.4e12)
+    assert known["mfu_full"] == pytest.approx(365e3 * 1_403_781_120 / 989.4e12)
+    eight = utilisation(
+        365e3, model, 512, device_kind="NVIDIA H100 80GB HBM3", dtype="bfloat16",
+        n_devices=8,
+    )  # fmt: skip
+    assert eight["mfu"] == pytest.approx(known["mfu"] / 8)
     for kind, dtype in (("cpu", "bfloat16"), ("NVIDIA H100 80GB HBM3", "float32")):
         assert peak_flops(kind, dtype) is None
         assert not utilisation(
@@ -166,6 +174,7 @@ def test_damaged_metrics_cost_the_damaged_lines_alone(tmp_path):
     assert [r["step"] for r in read_jsonl(path)] == [0, 2, 3]
     rewrite_jsonl(path, before_step=3)
     assert path.read_bytes() == lines[0] + lines[2]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_seconds_lost_are_counted_in_steps_not_by_clocks():
@@ -176,3 +185,15 @@ def test_seconds_lost_are_counted_in_steps_not_by_clocks():
     records.append({"step": 8, "val_loss": 1.0})
     assert seconds_of(records, 6) == 6.0
     assert seconds_of(records, 9) == 0.0
+
+
+def test_an_evaluation_stays_with_the_state_that_it_was_made_of(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [{"step": s, "loss": 1.0} for s in range(4)]
+    evaluations = [{"step": s, "val_loss": 2.0} for s in (0, 2, 4)]
+    append_jsonl(path, [evaluations[0], *records[:2], evaluations[1], *records[2:]])
+    # Going on after 2 steps: step 2 is redone, what was measured before it is not.
+    kept = read_jsonl(path, before_step=2)
+    assert kept == [evaluations[0], *records[:2], evaluations[1]]
+    # From the beginning, the first state is measured again.
+    assert read_jsonl(path, before_step=0) == []

@@ -33,6 +33,11 @@ def introduce(run: Run) -> None:
         f"run: {run.total_steps} steps of {run.config.train.batch_size} rows in "
         f"{run.folder.path}"
     )
+    if (warmup := run.config.optim.warmup_steps) >= run.total_steps:
+        run.console.say(
+            f"WARNING: optim.warmup_steps={warmup} is the whole run of "
+            f"{run.total_steps} steps: the learning rate only rises"
+        )
     predict_disk(run)
 
 

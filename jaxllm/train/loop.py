@@ -207,7 +207,8 @@ def advance(run: Run, state: State, stop: Stop) -> State:
             events.log(run, step)
         saving = last or stopping or save_is_due(run, done)
         if saving:
-            events.log(run, step, show=last or stopping)
+            shown = last or stopping or _due(step, options.log_every)
+            events.log(run, step, show=shown)
         if run.position.tripped:
             break
         if saving:
