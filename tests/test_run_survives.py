@@ -161,6 +161,7 @@ def test_a_disk_that_is_full_for_a_while_stops_nothing(start, whole, tmp_path):
     assert digests(out) == digests(whole)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["finished"] and len(summary["failed_saves"]) >= 3
+    assert len(set(summary["failed_saves"])) == len(summary["failed_saves"])
 
 
 def test_a_disk_that_stays_full_ends_with_its_own_exit_code(start, tmp_path):

@@ -248,11 +248,13 @@ def save(run: Run, state: State, step: int) -> None:
     next save may find the disk mended. What the run cannot end without is in `finish`.
     """
     run.meter.pause()
-    # Twice, since the first call may only bring the news that an earlier save failed.
-    for _ in range(2):
+    # Each for itself, so that the failure of an earlier save costs this one nothing.
+    for part in (
+        run.checkpoints.wait,
+        lambda: run.checkpoints.save(step, state, describe(run)),
+    ):
         try:
-            run.checkpoints.save(step, state, describe(run))
-            break
+            part()
         except CheckpointError as error:
             run.save_failed(error)
     run.trained_s_at[step] = run.meter.trained_s
