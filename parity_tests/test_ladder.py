@@ -21,7 +21,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "precision"), CASES)
 def test_both_sides_agree_within_the_gate(name, precision):
     rung, bound = RUNGS[name], gate(name, PRECISIONS[precision])
-    for seed in rung.seeds:
+    for seed in rung.seeds[:1] if rung.slow else rung.seeds:
         pairs = rung.run(PRECISIONS[precision], seed)
         if precision == "fp64" and rung.metric != "unequal":
             for where, (mine, _) in pairs.items():

@@ -111,7 +111,7 @@ VARIANTS: list[tuple[tuple[int, int, int], Dtype, dict[str, Any], list[str]]] = 
      dict(accumulate=2, layer="plain", attention="plain", cross_entropy="chunked",
           loss_chunk=12, embedding="one_hot"), SEGMENTS),
     ((2, 4, 1), "float64",
-     UNTIED | dict(layer="fused", remat="products", remat_up=1, embedding="rows"), []),
+     UNTIED | dict(layer="fused", remat="products", embedding="rows"), []),
     ((8, 1, 1), "float64", dict(accumulate=2, loss_norm="micro_batch"), SEGMENTS),
     ((2, 2, 2), "float32", {}, []),
 ]  # fmt: skip
