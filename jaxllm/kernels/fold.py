@@ -57,7 +57,7 @@ def fold(layer: Any, n_kv_heads: int, dtype, *, join: bool, pieces: int = 1) -> 
     )
 
 
-def _cut(mlp: Any, pieces: int):
+def _cut(mlp: Any, pieces: int) -> list[tuple[Any, ...]]:
     """The kernels of gate, up and down, F cut into pieces as equal as can be."""
     kernels = mlp.w1.kernel[...], mlp.w3.kernel[...], mlp.w2.kernel[...]
     if pieces == 1:
@@ -66,10 +66,8 @@ def _cut(mlp: Any, pieces: int):
     edges = [f * piece // pieces for piece in range(pieces + 1)]
     sizes = tuple(end - start for start, end in itertools.pairwise(edges))
     axes = (1, 1, 0)
-    return zip(
-        *(jax.lax.split(x, sizes, axis) for x, axis in zip(kernels, axes, strict=True)),
-        strict=True,
-    )
+    parts = [jax.lax.split(x, sizes, a) for x, a in zip(kernels, axes, strict=True)]
+    return list(zip(*parts, strict=True))
 
 
 def _fold_piece(norm_D, gate_DF, up_DF, down_FD, dtype, *, join: bool) -> Piece:
