@@ -176,9 +176,9 @@ def test_temperature_top_k_and_top_p_shape_the_distribution():
 def test_the_ends_of_the_ranges_are_drawn_from():
     logits = np.array([2.0, 1.0, 0.0], np.float32)
     assert set(sampled(logits, temperature=1e-6)) == {0}
-    ends: list[dict] = [{"top_k": 10**12}, {"seed": 2**32 - 1}, {"temperature": 1e6}]
-    for options in ends:
-        assert set(sampled(logits, **{"temperature": 1.0} | options)) == {0, 1, 2}
+    for options in ({"top_k": 10**12}, {"seed": 2**32 - 1}, {"temperature": 1e6}):
+        given: dict[str, Any] = {"temperature": 1.0} | options
+        assert set(sampled(logits, **given)) == {0, 1, 2}
 
 
 def test_the_repetition_penalty_makes_seen_tokens_less_likely():

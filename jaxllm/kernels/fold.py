@@ -51,7 +51,7 @@ def fold(layer: Any, n_kv_heads: int, dtype, *, join: bool, pieces: int = 1) -> 
         qkv_DJ=qkv_DKJ.reshape(d, -1).astype(dtype),
         out_D=attention.wo.kernel[...].astype(dtype),
         mlp=tuple(
-            _fold_piece(ffn_norm_D, *kernels, dtype, join=join)
+            _fold_piece(ffn_norm_D, kernels, dtype, join=join)
             for kernels in _cut(mlp, pieces)
         ),
     )
@@ -70,7 +70,8 @@ def _cut(mlp: Any, pieces: int) -> list[tuple[Any, ...]]:
     return list(zip(*parts, strict=True))
 
 
-def _fold_piece(norm_D, gate_DF, up_DF, down_FD, dtype, *, join: bool) -> Piece:
+def _fold_piece(norm_D, kernels, dtype, *, join: bool) -> Piece:
+    gate_DF, up_DF, down_FD = kernels
     gate_up = tuple((norm_D[:, None] * x).astype(dtype) for x in (gate_DF, up_DF))
     if join:
         gate_up = jnp.stack(gate_up, axis=1)
