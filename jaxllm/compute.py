@@ -64,6 +64,7 @@ class ComputeConfig:
         *,
         n_layers: int,
         vocab_size: int = 0,
+        head_dim: int = 64,
         platform: str = "cpu",
         compute_capability: float = 0.0,
     ) -> "ComputeConfig":
@@ -88,7 +89,8 @@ class ComputeConfig:
         residual = logits = "bfloat16" if lean else wide
         half = compute in ("bfloat16", "float16")
         attention = "blocked" if cpu else "plain"
-        if ampere and half:
+        widest = 256 if compute_capability >= 9.0 else 128  # for cuDNN
+        if ampere and half and head_dim % 8 == 0 and head_dim <= widest:
             attention = "cudnn"
         fused = (ampere and compute == "bfloat16") or (cpu and not half)
         layer = self.layer

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging
 import sys
+from pathlib import Path
 
 import command_line
 
@@ -54,6 +55,10 @@ def planned(args: argparse.Namespace) -> RunConfig:
             raise ValueError(f"--{name} {value}: must be at least 1")
     if args.devices > 8 and args.devices % 8:
         raise ValueError(f"--devices {args.devices}: 1 to 8, or a multiple of 8")
+    if args.largest and args.target == "cpu":
+        raise ValueError("--largest asks what fits a GPU, and --target is cpu")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no such folder")
     for pair in args.compute:
         if "=" not in pair:
             raise ValueError(f"--compute {pair}: write FIELD=VALUE, such as goal=lean")
@@ -102,10 +107,7 @@ def largest(made: Plan, devices: int) -> int:
     Temporary memory grows in proportion to the rows: a guess from one compilation,
     confirmed, or lowered, by the next.
     """
-    if made.target is None:
-        raise ValueError(
-            "--largest asks what fits a GPU: give a --target other than cpu"
-        )
+    assert made.target is not None
     config, room = made.program.config, report.room(made.target)
     rows = report.largest_guess(made)
     while rows > 1:

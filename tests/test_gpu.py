@@ -6,6 +6,7 @@ The option leaves out what pyproject.toml asks for: two processes would each tak
 of the GPU's memory, and pytest-xdist may not be there.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -72,6 +73,27 @@ def test_the_step_learns_without_a_transfer_and_in_the_memory_of_its_plan():
     losses = [float(loss) for loss in losses]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.5
     assert made.train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("length", [127, 128])
+def test_cudnn_attention_is_the_plain_one_at_any_length(length):
+    from jaxllm.kernels.attention import attention
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, do = (
+        jax.random.normal(key, (2, length, heads, 64), jnp.bfloat16)
+        for key, heads in zip(keys, (4, 2, 2, 4), strict=True)
+    )
+
+    def both(implementation, dtype):
+        args = [x.astype(dtype) for x in (q, k, v)]
+        f = functools.partial(attention, implementation=implementation)
+        out, vjp = jax.vjp(f, *args)
+        return [np.asarray(x, np.float64) for x in (out, *vjp(do.astype(dtype)))]
+
+    truth, fast = both("plain", jnp.float32), both("cudnn", jnp.bfloat16)
+    for a, b in zip(fast, truth, strict=True):
+        assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
 
 
 FAST: dict[str, Any] = {

@@ -285,6 +285,31 @@ def test_a_dropped_norm_gradient_is_seen(x64, monkeypatch):
     assert worst > 1e-3
 
 
+@pytest.mark.parametrize(
+    "head_dim, capability, chosen",
+    [(64, 8.0, "cudnn"), (36, 9.0, "plain"), (256, 9.0, "cudnn"), (256, 8.9, "plain")],
+)
+def test_auto_leaves_heads_that_cudnn_does_not_take(head_dim, capability, chosen):
+    gpu = ComputeConfig().resolve(
+        n_layers=2, platform="gpu", compute_capability=capability, head_dim=head_dim
+    )
+    assert gpu.attention == chosen
+
+
+def test_lean_is_narrow_on_a_gpu_with_bfloat16_and_nowhere_else():
+    def chosen(platform, capability, **given):
+        made = ComputeConfig(goal="lean", **given).resolve(
+            n_layers=2, platform=platform, compute_capability=capability
+        )
+        return made.residual_dtype, made.logits_dtype, made.remat
+
+    assert chosen("gpu", 9.0) == ("bfloat16", "bfloat16", "products")
+    assert chosen("gpu", 9.0, residual_dtype="float32")[0] == "float32"
+    assert chosen("gpu", 9.0, remat="layer")[2] == "layer"
+    for platform, capability in (("gpu", 7.5), ("cpu", 0.0)):
+        assert chosen(platform, capability) == ("float32", "float32", "none")
+
+
 def test_auto_chooses_fast_forms_on_a_gpu():
     gpu = ComputeConfig().resolve(
         n_layers=18, vocab_size=49152, platform="gpu", compute_capability=9.0

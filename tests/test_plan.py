@@ -1,5 +1,11 @@
 """The counting of plan, on HLO small enough to count by hand."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
 from jaxllm.plan import hlo
 from jaxllm.plan.targets import TARGETS
 
@@ -108,3 +114,29 @@ def test_every_target_describes_itself():
     for target in TARGETS.values():
         assert f"core_count: {target.cores} " in target.description
         assert target.source
+
+
+PLAN = Path(__file__).parents[1] / "scripts/plan.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--target", "tpu"], "invalid choice: 'tpu'"),
+        (["--devices", "0"], "--devices 0: must be at least 1"),
+        (["--devices", "12"], "--devices 12: 1 to 8, or a multiple of 8"),
+        (["--compute", "lean"], "write FIELD=VALUE"),
+        (["--compute", "colour=red"], "unknown key 'colour'"),
+        (["--compute", "remat=maybe"], "compute.remat='maybe' must be one of"),
+        (["--batch", "7", "--accumulate", "2"], "train.batch_size=7 is not divisible"),
+        (["--target", "cpu", "--largest"], "--target is cpu"),
+        (["--json", "/nowhere/plan.json"], "there is no such folder"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_compiled(argv, words):
+    command = [sys.executable, str(PLAN), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = [x for x in done.stderr.splitlines() if x.startswith("plan.py: ")]
+    assert done.returncode == 2 and len(said) == 1 and words in said[0], done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout

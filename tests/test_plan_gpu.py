@@ -7,21 +7,32 @@ A gate is the figure of the day plus 1 %; tighten it when the figure falls.
 
 import dataclasses
 import functools
+import importlib.util
 
 import pytest
 
 from jaxllm.presets import preset
 
-pytestmark = pytest.mark.gpu_compile
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+pytestmark = [
+    pytest.mark.gpu_compile,
+    pytest.mark.skipif(
+        not any(importlib.util.find_spec(name) for name in PLUGINS),
+        reason="the gpu-compile extra is not installed",
+    ),
+]
 
 
 @functools.cache
-def h100(name: str, devices: int = 1, rows: int = 0, target="h100", **compute):
+def h100(name: str, devices=1, rows=0, target="h100", depth=0, **compute):
     from jaxllm.plan.compile import plan
     from jaxllm.plan.targets import TARGETS
 
     config = preset(name)
     rows = rows or config.train.batch_size
+    if depth:
+        model = dataclasses.replace(config.model, n_layers=depth)
+        config = dataclasses.replace(config, model=model)
     config = dataclasses.replace(
         config,
         compute=dataclasses.replace(config.compute, **compute),
@@ -29,10 +40,7 @@ def h100(name: str, devices: int = 1, rows: int = 0, target="h100", **compute):
             config.train, batch_size=rows * devices, accumulate=1
         ),
     )
-    try:
-        return plan(config, TARGETS[target], count=devices)
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    return plan(config, TARGETS[target], count=devices)
 
 
 def rest(plan) -> float:
@@ -45,12 +53,12 @@ def rest(plan) -> float:
 HALF = {"residual_dtype": "bfloat16"}
 LEAN = {"goal": "lean"}
 FIGURES = [
-    ("k-215m", {}, 500, 2045, 4466),
-    ("k-215m", {"remat": "products"}, 413, 2143, 4782),
+    ("k-215m", {}, 496, 1850, 4183),
+    ("k-215m", {"remat": "products"}, 400, 1948, 4455),
     ("k-215m", HALF, 496, 1693, 3881),
     ("k-215m", HALF | {"remat": "products"}, 409, 1790, 4124),
-    ("k-215m", LEAN, 400, 1750, 4095),
-    ("k-259m", LEAN, 408, 2066, 4768),
+    ("k-215m", LEAN, 398, 1750, 4095),
+    ("k-259m", LEAN, 407, 2065, 4768),
 ]
 
 
@@ -68,6 +76,15 @@ def test_the_step_stays_as_lean_as_it_is(
     assert rest(plan) < moved_rest
     assert plan.per_token() < moved_all
     assert plan.alias_bytes > 0.99 * plan.output_bytes  # the state is donated
+
+
+def test_an_odd_number_of_tokens_runs_in_cudnn_too():
+    from jaxllm.plan.compile import attention_calls
+
+    # The lineage's rows: 512 tokens are 511 inputs.
+    plan = h100("reference", depth=1)
+    assert plan.program.config.seq_len == 511
+    assert attention_calls(plan.text) == (1, 1)
 
 
 def test_the_seeds_batch_of_64_fits_a_24_gb_card():
@@ -106,10 +123,7 @@ def exchanges(*mesh: int, **compute):
         parallel=ParallelConfig(*mesh),
         train=dataclasses.replace(config.train, batch_size=512, accumulate=1),
     )
-    try:
-        text = plan(config, TARGETS["h100"], count=8).text
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    text = plan(config, TARGETS["h100"], count=8).text
     found = [one for one in hlo.Program(text).collectives() if one.bytes > 2e5]
     return config.model, found
 

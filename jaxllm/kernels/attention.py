@@ -5,8 +5,6 @@ G = N / K query heads per key/value head, H head dim. In the blocked form M = C 
 the queries of one block of C positions and one key/value head.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -40,16 +38,28 @@ def attention(
                 "compute.attention=plain for decoding or isolated documents"
             )
         rows = P(ROWS, None, HEADS, None)
-        flash = functools.partial(
-            jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
-        )
-        return per_device(flash, in_specs=(rows, rows, rows), out_specs=rows)(
+        return per_device(_flash, in_specs=(rows, rows, rows), out_specs=rows)(
             q_BTNH, k_BSKH, v_BSKH
         )
     if implementation == "blocked" and positions_BT is None and segment_ids_BT is None:
         return _blocked(q_BTNH, k_BSKH, v_BSKH)
     assert implementation in ("plain", "blocked"), implementation
     return _plain(q_BTNH, k_BSKH, v_BSKH, positions_BT, segment_ids_BT)
+
+
+def _flash(q_BTNH, k_BTKH, v_BTKH):
+    """cuDNN's FlashAttention, whose backward pass wants an even number of positions: an
+    odd one gets another at its end, which no query sees and whose output is cut off."""
+    t = q_BTNH.shape[1]
+    if t % 2:
+        q_BTNH, k_BTKH, v_BTKH = (
+            jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
+            for x in (q_BTNH, k_BTKH, v_BTKH)
+        )
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn"
+    )
+    return out_BTNH[:, :t]
 
 
 def _plain(q_BTNH, k_BSKH, v_BSKH, positions_BT, segment_ids_BT):

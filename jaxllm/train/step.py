@@ -151,6 +151,7 @@ def resolve_compute(config: RunConfig, device: Any) -> ComputeConfig:
     return config.compute.resolve(
         n_layers=config.model.n_layers,
         vocab_size=config.model.vocab_size,
+        head_dim=config.model.head_dim or 0,
         platform=device.platform,
         compute_capability=capability,
     )
