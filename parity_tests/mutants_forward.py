@@ -115,8 +115,8 @@ FORWARD = (
     # The whole
     Mutant("no last norm", _HIDDEN, "self.norm(h_BTD).astype", "h_BTD.astype",
            "evaluation"),
-    Mutant("layers run backwards", _HIDDEN, "unroll=self.compute.unroll or 1",
-           "unroll=1, reverse=True", "evaluation"),
+    Mutant("layers run backwards", "kernels.remat:scan_layers",
+           "unroll=compute.unroll or 1", "unroll=1, reverse=True", "evaluation"),
     Mutant("embedding scaled by sqrt(dim)", _HIDDEN, "keys = None\n",
            "keys = None\n    h_BTD = h_BTD * self.config.dim**0.5\n", "evaluation"),
     Mutant("head one id further", "model:Transformer.head_VD",

@@ -30,6 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16, all fast forms": FAST,
     "bfloat16, all fast forms, bfloat16 logits": FAST | {"logits_dtype": "bfloat16"},
     "bfloat16, all fast forms, bfloat16 stream": FAST | {"residual_dtype": "bfloat16"},
+    "bfloat16, goal lean": FAST
+    | {"residual_dtype": "bfloat16", "logits_dtype": "bfloat16", "remat": "products"},
 }
 
 

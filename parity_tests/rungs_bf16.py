@@ -25,6 +25,10 @@ VARIANTS: dict[str, dict] = {
         "residual_dtype": "float32", "layer": "fused", "cross_entropy": "chunked",
         "logits_dtype": "bfloat16",
     },
+    "goal lean: residual, logits bfloat16, fused": {
+        "residual_dtype": "bfloat16", "layer": "fused", "cross_entropy": "chunked",
+        "logits_dtype": "bfloat16", "remat": "products",
+    },
 }  # fmt: skip
 CHOSEN = "residual float32"
 """What "auto" resolves to, on a GPU in the fused form; the gates hold for both. The

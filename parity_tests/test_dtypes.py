@@ -241,5 +241,10 @@ def test_the_defaults_are_what_the_figures_are_about():
     hopper = dtypes(platform="gpu", compute_capability=9.0)
     assert hopper == ["float32", "bfloat16", "float32", "float32"]
     assert rungs_bf16.VARIANTS[rungs_bf16.CHOSEN]["residual_dtype"] == hopper[2]
+    lean = ComputeConfig(goal="lean").resolve(
+        n_layers=2, platform="gpu", compute_capability=9.0
+    )
+    told = rungs_bf16.VARIANTS["goal lean: residual, logits bfloat16, fused"]
+    assert {name: getattr(lean, name) for name in told} == told
     double = ComputeConfig(compute_dtype="float64").resolve(n_layers=2)
     assert (double.residual_dtype, double.logits_dtype) == ("float64", "float64")
