@@ -1,6 +1,7 @@
 """export_weights.py: folders that others open, proven or refused, whole or absent."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,30 @@ def test_an_export_that_cannot_be_opened_fails_and_is_marked(
     assert "weights read back" in said and "out.failed" in said
     assert report(tmp_path / "out.failed")["status"] == "failed"
     assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
+
+
+FULL = """
+import resource, signal, sys
+sys.path.insert(0, "scripts")
+import export_weights
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write fails, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+sys.exit(export_weights.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("format", ["llama", "gguf"])
+def test_a_disk_without_room_is_said_in_one_line_and_leaves_nothing(
+    run, tmp_path, format
+):
+    words = [str(run), "--format", format, "--no-verify", "--out", str(tmp_path / "x")]
+    result = subprocess.run(
+        [sys.executable, "-c", FULL, *words], capture_output=True, text=True,
+        cwd=Path(__file__).parents[1], timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and "was not written" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_torch_the_export_is_written_and_says_so(

@@ -84,6 +84,10 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    except OSError as error:  # NumPy only says how many items it lacked
+        raise OSError(
+            f"{path} was not written ({error}): make room, or give another --out"
+        ) from None
     finally:
         writer.close()
 

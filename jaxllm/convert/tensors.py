@@ -129,7 +129,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
     # The writer takes the bytes of a strided view in storage order, without a word.
     dense = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    save_file(dense, path, metadata={"format": "pt"})
+    try:
+        save_file(dense, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what the library makes of a full disk
+        size = sum(tensor.nbytes for tensor in dense.values())
+        raise OSError(
+            f"{path} was not written, {size:,} bytes ({error}): make room, or give "
+            f"another --out"
+        ) from None
     # The library makes it readable for its owner alone; its folder shall decide.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
