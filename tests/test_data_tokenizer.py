@@ -177,6 +177,33 @@ def _prefix_space(value):
     value["pre_tokenizer"]["add_prefix_space"] = True
 
 
+def _replace(value):
+    value["normalizer"] = {
+        "type": "Replace",
+        "pattern": {"String": "colour"},
+        "content": "color",
+    }
+
+
+def _byte_missing(value):
+    del value["model"]["vocab"]["\u00f4"]  # 0xf4, of characters from U+100000 on
+
+
+def _stripping(value):
+    token = dict(value["added_tokens"][0], content="<tool>", special=False)
+    token |= {"id": len(value["model"]["vocab"]), "rstrip": True}
+    value["added_tokens"].append(token)
+
+
+def merging(value):
+    """Merges the characters of </s> to the entry of that name, which is special."""
+    value["pre_tokenizer"]["use_regex"] = False
+    model = value["model"]
+    for pair in (("<", "/"), ("</", "s"), ("</s", ">")):
+        model["vocab"].setdefault("".join(pair), len(model["vocab"]))
+        model["merges"].insert(0, list(pair))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -184,6 +211,10 @@ def _prefix_space(value):
         (_unspecial, "at id 3 where the special token"),
         (_lowercase, "does not give text back as it came"),
         (_prefix_space, "does not give text back as it came"),
+        (_replace, "does not give text back as it came"),
+        (_byte_missing, "does not give text back as it came"),
+        (_stripping, "does not give text back as it came"),
+        (merging, "does not give text back as it came"),
     ],
 )
 def test_a_foreign_tokenizer_is_refused(tokenizer, tmp_path, change, message):
@@ -193,6 +224,25 @@ def test_a_foreign_tokenizer_is_refused(tokenizer, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_special_ids_in_the_tokens_of_a_text_end_the_run(
+    tokenizer, tmp_path, monkeypatch
+):
+    """Should a tokenizer's trial miss it, what it makes is looked at as well."""
+    from jaxllm.data.corpus import prepare
+
+    monkeypatch.setattr(Tokenizer, "_check", lambda self, name: None)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    path = tmp_path / "merging.json"
+    path.write_text(_foreign((tmp_path / "tokenizer.json").read_text(), merging))
+    for number, text in enumerate(["no such thing", "he said </s> and left"]):
+        lines = tmp_path / f"{number}.jsonl"
+        lines.write_text(json.dumps({"text": text}))
+    prepare([tmp_path / "0.jsonl"], tmp_path / "fine", tokenizer=path)
+    with pytest.raises(ValueError, match="makes special tokens of text"):
+        prepare([tmp_path / "1.jsonl"], tmp_path / "bad", tokenizer=path)
+    assert not (tmp_path / "bad").exists()
 
 
 def test_stored_truncation_padding_and_templates_change_nothing(tokenizer, tmp_path):

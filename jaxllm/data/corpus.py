@@ -18,7 +18,12 @@ from jaxllm.data.sampling import sample_texts
 from jaxllm.data.shards import Manifest, load_manifest
 from jaxllm.data.sources import find_sources
 from jaxllm.data.tokenizer import Tokenizer, require_vocab_size, train_tokenizer
-from jaxllm.data.work import existing_result, work_folder
+from jaxllm.data.work import (
+    existing_result,
+    remove_leftovers,
+    work_folder,
+    work_path,
+)
 
 if TYPE_CHECKING:
     from jaxllm.data.executors import SlurmJob
@@ -105,8 +110,12 @@ def prepare(
     plan, given, options = _plan(inputs, Recipe(**recipe))
     if (ready := existing_result(out, plan, options)) is not None:
         say(f"{out} holds this data already")
+        remove_leftovers(out)
         return ready
     with work_folder(out, plan, options) as work:
+        # Another process may have been just before us.
+        if (ready := existing_result(out, plan, options)) is not None:
+            return ready
         _make_tokenizer(work, plan, given, Recipe(**recipe), say)
         stopped = _tokenize_all(work, plan, workers, executor, budget, progress)
         try:
@@ -149,8 +158,7 @@ def submit(
     logs = out.with_name(f"{out.name}.slurm")
     run = uuid.uuid4().hex[:12]
     if dry_run:
-        work = out.absolute().with_name(f".{out.name}.partial")
-        return submit_slurm(work, run, job, logs=logs, dry_run=True)
+        return submit_slurm(work_path(out), run, job, logs=logs, dry_run=True)
     with work_folder(out, plan, options, keep=True) as work:
         _make_tokenizer(work, plan, given, Recipe(**recipe), say)
     # The folder is free again: the merging job takes it when the tasks have ended.

@@ -144,7 +144,7 @@ def merge(
     for split in ("train", "val"):
         if (result / split).is_dir():
             sync_folder(result / split)
-    write_atomically(result / "manifest.json", manifest.to_json().encode())
+    write_atomically(result / "manifest.json", _utf8(manifest.to_json()))
     return manifest
 
 
@@ -166,11 +166,14 @@ def _choose(
     point = digests[:, 0].astype(np.float64) / 2.0**64
     held_out = point < val_fraction
     kept = np.flatnonzero(keep)
-    # A small corpus may draw none, or all: then one document changes sides.
-    if len(kept) > 1 and not held_out[kept].any():
-        held_out[kept[np.argmin(point[kept])]] = True
+    # A small corpus may draw none, or all: then one document changes sides, with its
+    # copies.
+    if len(kept) and not held_out[kept].any():
+        first = point == point[kept].min()
+        if not first[kept].all():
+            held_out |= first
     elif len(kept) and held_out[kept].all():
-        held_out[kept[np.argmax(point[kept])]] = False
+        held_out &= point != point[kept].max()
     return keep, held_out
 
 
@@ -266,7 +269,7 @@ def write_quarantine(path: Path, parts: list[FinishedPart], plan: Plan) -> int:
                 entry["line"] = None if counted is None else counted + record["line"]
                 entry["reason"] = record["reason"]
                 entry["start"] = record["start"]
-                yield json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+                yield _utf8(json.dumps(entry, ensure_ascii=False)) + b"\n"
             for source, member, count in part.counts["segments"]:
                 counted = before[source, member]
                 if counted is not None:
@@ -277,6 +280,12 @@ def write_quarantine(path: Path, parts: list[FinishedPart], plan: Plan) -> int:
     if count:
         write_atomically(path, lines())
     return count
+
+
+def _utf8(text: str) -> bytes:
+    """Encodes JSON, also with file names that are not UTF-8: Python holds their bytes
+    as lone surrogates, whose escapes are JSON's as well."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _sources(work: Path, parts: list[FinishedPart], plan: Plan) -> list[SourceFile]:

@@ -234,6 +234,13 @@ def _tokenize(
             size = 0
         segments.append((segment.source, segment.member, count_lines(segment)))
     rows = np.concatenate([np.zeros(0, DOCUMENT), *documents])
+    made = np.frombuffer(tokens, dtype)
+    # A tokenizer is tried out when it is loaded; this looks at all that it gives.
+    if np.count_nonzero(tokenizer.is_special[made]) != 2 * len(rows):
+        raise ValueError(
+            "the tokenizer makes special tokens of text that spells them: leave "
+            "--tokenizer out to train one of our own"
+        )
     counts = {
         "records": records,
         "documents": len(rows),
@@ -244,7 +251,7 @@ def _tokenize(
         "segments": segments,
         "consumed": part.consumed,
     }
-    return np.frombuffer(tokens, dtype), rows, counts
+    return made, rows, counts
 
 
 def _save(

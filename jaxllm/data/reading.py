@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
+from jaxllm.data.parquet import column_values, parquet_file
 from jaxllm.data.sources import Kind, Source, kind_of
 from jaxllm.data.unpack import (
-    CHUNK,
     Forward,
     LineReader,
     Read,
-    damage_reason,
+    check_end,
     is_damage,
     member_reader,
     unpacked,
@@ -36,7 +36,7 @@ class Segment:
     kind: Kind
     data: bytes = b""
     values: Iterable[Any] = ()
-    """The column's values, for Parquet, in the place of data."""
+    """The column's values, for Parquet, in the place of data (see column_values)."""
     rows: int = 0
     """Their number."""
     damage: str = ""
@@ -92,7 +92,7 @@ def plan_units(sources: Sequence[Source], part_bytes: int) -> list[Unit]:
         if small or not source.seekable:
             count = 1
         elif source.kind == "parquet":
-            count = _parquet(source).num_row_groups
+            count = parquet_file(source).num_row_groups
         else:
             count = source.bytes // part_bytes + 1
         units += [Unit(i, 1, index) for index in range(count)]
@@ -132,8 +132,8 @@ def read_units(
         if not claim(name):
             continue
         if source.kind == "parquet":
-            values = _column(source, unit.index, field)
-            file = _parquet(source).metadata
+            values = column_values(source, unit.index, field)
+            file = parquet_file(source).metadata
             rows = file.row_group(unit.index).num_rows
             segment = Segment(unit.first, "", "parquet", values=values, rows=rows)
             yield Part(name, [segment], source.bytes // file.num_row_groups)
@@ -159,7 +159,7 @@ def _stretch(source: Source, start: int, length: int, line_bytes: int) -> bytes:
         file.seek(position)
         lines = LineReader(file.read, position)
         if start:
-            lines.take(start, keep=0)
+            lines.skip(start, give_up=start + length)
         return lines.take(start + length, keep=line_bytes)
 
 
@@ -185,10 +185,10 @@ def _stream_parts(
                 part = part_name(number, len(members), index)
                 wanted = claim(part)
                 start = index * part_bytes
-                keep = line_bytes if wanted else 0
-                data = lines.take(start + stretch, keep=keep)
-                if stretch < part_bytes:
-                    lines.take(start + part_bytes, keep=0)
+                data = b""
+                if wanted:
+                    data = lines.take(start + stretch, keep=line_bytes)
+                lines.skip(start + part_bytes)
                 index += 1
                 before, seen = seen, raw.tell()
                 if wanted:
@@ -205,24 +205,29 @@ def _members(source: Source, raw: IO[bytes]) -> Iterator[tuple[str, Kind, Read]]
         yield "", source.kind, read
         return
     file: Any = Forward(read)
+    known = False
+    other = ""
     try:
-        for member in tarfile.TarFile(fileobj=file):
+        archive = tarfile.TarFile(fileobj=file)
+        for member in archive:
             kind, packing, nested = kind_of(member.name, named=False)
             hidden = member.name.rpartition("/")[2].startswith(".")
-            if kind in (None, "parquet") or nested or hidden or not member.isreg():
+            if hidden or not member.isreg():
+                continue
+            if kind in (None, "parquet") or nested:
+                other = other or member.name
                 continue
             assert kind is not None
+            known = True
             if member.issparse():
                 error = tarfile.ReadError("sparse member: unpack the archive with tar")
                 yield member.name, kind, _failing(error)
             else:
                 content = member_reader(file, member.offset_data, member.size)
                 yield member.name, kind, unpacked(content, packing)
-        # tarfile takes a cut header for the end; the packing and the length can tell.
-        while file.read(CHUNK):
-            pass
-        if file.tell() % tarfile.BLOCKSIZE:
-            raise EOFError("the archive ends inside a header")
+        check_end(file, archive.offset)
+        if other and not known:
+            raise tarfile.ReadError(f"no member is text by its name, such as {other!r}")
     except Exception as error:
         if not is_damage(error):
             raise
@@ -235,31 +240,3 @@ def _failing(error: Exception) -> Read:
         raise error
 
     return read
-
-
-def _parquet(source: Source) -> Any:
-    try:
-        import pyarrow.parquet  # type: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(
-            f"input {source.path} is a Parquet file, which needs pyarrow: "
-            f"pip install 'jaxllm[parquet]'"
-        ) from None
-    try:
-        return pyarrow.parquet.ParquetFile(source.path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(
-            f"input {source.path} is no Parquet file: {damage_reason(error)}"
-        ) from None
-
-
-def _column(source: Source, group: int, name: str) -> Iterator[Any]:
-    """Gives the values of a column in one row group, a batch of rows at a time."""
-    file = _parquet(source)
-    if name not in file.schema_arrow.names:
-        raise ValueError(
-            f"input {source.path} has no column {name!r}: name one of "
-            f"{', '.join(file.schema_arrow.names)} with --field"
-        )
-    for batch in file.iter_batches(1024, row_groups=[group], columns=[name]):
-        yield from batch.column(0).to_pylist()

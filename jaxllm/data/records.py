@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxllm.data.reading import Segment
+from jaxllm.data.unpack import damage_reason
 
 TEXT_DOCUMENT_BYTES = 32 << 10
 """A text file up to this is one document. A longer one is cut at the first blank line
@@ -89,9 +90,14 @@ def _checked(value: Any, number: int, field: str, line: bytes) -> Record:
     if not isinstance(value, dict):
         what = type(value).__name__
         return Damage(number, f"not a JSON object but a {what}", _start(line))
-    if field not in value:
-        return Damage(number, f"no field {field!r}", _start(line))
-    text = value[field]
+    if field in value:
+        text = value[field]
+    else:  # a.b is the field b of the object in a
+        text = value
+        for name in field.split("."):
+            if not isinstance(text, dict) or name not in text:
+                return Damage(number, f"no field {field!r}", _start(line))
+            text = text[name]
     if not isinstance(text, str):
         reason = f"field {field!r} is no string but {type(text).__name__}"
         return Damage(number, reason, _start(line))
@@ -137,13 +143,20 @@ def _cut(data: bytes, start: int) -> int:
 
 
 def _column_values(segment: Segment, field: str, line_bytes: int) -> Iterator[Record]:
-    for number, text in enumerate(segment.values, 1):
-        if not isinstance(text, str):
-            yield Damage(number, f"field {field!r} is no string but {text!r:.40}")
-        elif len(text) > line_bytes:
-            yield Damage(number, f"text longer than {line_bytes} bytes")
+    for number, data in enumerate(segment.values, 1):
+        if isinstance(data, Exception):
+            yield Damage(number, f"unreadable from here on: {damage_reason(data)}")
+        elif data is None:
+            yield Damage(number, f"field {field!r} is no string but None")
+        elif len(data) > line_bytes:
+            yield Damage(number, f"text longer than {line_bytes} bytes", _start(data))
         else:
-            yield Text(text, text.encode()) if text else None
+            try:
+                yield Text(data.decode(), data) if data else None
+            except UnicodeDecodeError as error:
+                at = error.start
+                reason = f"not UTF-8: byte {data[at]:#04x} at {at}"
+                yield Damage(number, reason, _start(data))
 
 
 def _start(line: bytes) -> str:

@@ -108,7 +108,16 @@ def _find(given: str) -> list[Source]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    for place, folders, files in os.walk(folder):
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        # Links may lead round in a circle.
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if {"manifest.json", "tokenizer.json"} <= set(files):
+            folders.clear()  # a data folder: it was made of such input, and is none
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             if not name.startswith("."):

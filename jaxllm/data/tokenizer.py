@@ -31,6 +31,14 @@ LARGEST_VOCAB = 1 << 24
 _PROBE = (
     " Aa  b\r\n\t\u00e9e\u0301\ufb01 \u4e2d\u6587 \U0001f600\x00<s></s><|im_end|> \n"
 )
+# Every byte that UTF-8 can have: those of ASCII, those that go on, those that begin.
+_BYTES = "".join(
+    map(
+        chr,
+        [*range(192), *range(192, 2048, 64), 2048, *range(4096, 1 << 16, 4096)]
+        + [0x10000, 0x40000, 0x80000, 0xC0000, 0x100000],
+    )
+)
 
 
 _LONG = 1 << 17
@@ -70,6 +78,10 @@ class Tokenizer:
         self._text = text
         pre = json.loads(text).get("pre_tokenizer") or {}
         self._cuts = pre.get("type") == "ByteLevel" and pre.get("use_regex", True)
+        added = inner.get_added_tokens_decoder()
+        self.is_special = np.zeros(self.vocab_size, bool)
+        """Which ids are special: bool [V]. No text has one."""
+        self.is_special[[i for i, token in added.items() if token.special]] = True
         self._check(name)
 
     def _check(self, name: str) -> None:
@@ -81,14 +93,18 @@ class Tokenizer:
                     f"{name} has {found!r} at id {i} where the special token {token!r} "
                     f"belongs: leave --tokenizer out to train one of our own"
                 )
-        for probe in (_PROBE, _PROBE.lstrip()):
+        # Added tokens are looked for in text, and may swallow the spaces around them.
+        tokens = "  ".join(token.content for token in added.values())
+        changes = json.loads(self._text).get("normalizer") is not None
+        for probe in (_PROBE, _PROBE.lstrip(), _BYTES, f" {tokens} "):
             ids = self.encode(probe)
-            faithful = self.decode(ids, skip_special=False) == probe
-            if not faithful or min(ids) < len(SPECIAL_TOKENS):
+            changes |= self.decode(ids, skip_special=False) != probe
+            if changes or self.is_special[ids].any():
                 raise ValueError(
                     f"{name} does not give text back as it came (a normalizer, a "
-                    f"prefix space, or no byte-level alphabet): leave --tokenizer out "
-                    f"to train one of our own"
+                    f"prefix space, no byte-level alphabet, an added token that "
+                    f"strips spaces, merges that make a special token): leave "
+                    f"--tokenizer out to train one of our own"
                 )
 
     @classmethod

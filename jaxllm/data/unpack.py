@@ -1,10 +1,13 @@
 """Compressed and damaged files as plain bytes: what can be read is, then it is said."""
 
+import bz2
+import gzip
 import io
 import lzma
+import math
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 CHUNK = 1 << 20
@@ -27,10 +30,23 @@ class LineReader:
         """Hands out the lines that begin before `stop`.
 
         The last may reach beyond `stop`; of what is more than `keep` bytes beyond, one
-        byte is kept. With keep=0 the lines are skipped. What stands before damage
-        without a line end is dropped.
+        byte is kept. What stands before damage without a line end is dropped.
         """
-        pieces: list[bytes] = []
+        limit = stop + keep + 1
+        pieces = [piece[: max(limit - start, 0)] for start, piece in self._pieces(stop)]
+        data = b"".join(pieces)
+        return data[: data.rfind(b"\n") + 1] if self.damage else data
+
+    def skip(self, stop: int, *, give_up: float = math.inf) -> None:
+        """Goes on to the first line that begins at `stop` or behind it, or as far as
+        `give_up` if the lines before do not end earlier."""
+        for start, _ in self._pieces(stop):
+            if start >= give_up:
+                return
+
+    def _pieces(self, stop: int) -> Iterator[tuple[int, bytes]]:
+        """Walks to the end of the lines that begin before `stop`; gives each piece and
+        where it starts."""
         inside = False  # a line that began before `stop` and has not ended
         while self.position < stop or inside:
             if not self._rest:
@@ -40,12 +56,9 @@ class LineReader:
             at = self._rest.find(b"\n", max(stop - 1 - self.position, 0))
             end = at + 1 if at >= 0 else len(self._rest)
             piece, self._rest = self._rest[:end], self._rest[end:]
-            if keep:
-                pieces.append(piece[: max(stop + keep + 1 - self.position, 0)])
-            self.position += end
+            start, self.position = self.position, self.position + end
             inside = at < 0
-        data = b"".join(pieces)
-        return data[: data.rfind(b"\n") + 1] if self.damage else data
+            yield start, piece
 
     def _more(self) -> bytes:
         try:
@@ -145,22 +158,36 @@ def member_reader(file: Forward, start: int, size: int) -> Read:
     return read
 
 
+def check_end(file: Forward, offset: int) -> None:
+    """Checks that an archive has its end mark at `offset`, and nothing behind it.
+
+    tarfile takes a damaged or cut header for the end.
+    Raises: EOFError or tarfile.ReadError, which is damage.
+    """
+    file.seek(offset)
+    mark = file.read(tarfile.BLOCKSIZE)
+    if len(mark) < tarfile.BLOCKSIZE:
+        where = "inside a header" if mark else "without the mark of its end"
+        raise EOFError(f"the archive ends {where}")
+    if mark.strip(b"\0"):
+        raise tarfile.ReadError("the next member's header is damaged")
+    while chunk := file.read(CHUNK):
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError("there is something behind the archive's end")
+
+
 def unpacked(read: Read, packing: str) -> Read:
     """Gives a read function over the unpacked bytes of a stream."""
-    file: Any = _ReadOnly(read)
-    # read1 hands over what came before damage; read would lose it.
     if packing == ".gz":
-        import gzip
-
+        file: Any = _ReadOnly(read)
+        # read1 hands over what came before damage; read would lose it.
         return gzip.GzipFile(fileobj=file).read1
     if packing == ".bz2":
-        import bz2
-
-        return bz2.BZ2File(file).read1
+        return _stream_after_stream(read, bz2.BZ2Decompressor)
     if packing == ".xz":
-        return lzma.LZMAFile(file).read1
+        return _stream_after_stream(read, lzma.LZMADecompressor)
     if packing == ".zst":
-        return _zstd(read)
+        return _stream_after_stream(read, _ZstdFrame)
     return read
 
 
@@ -179,25 +206,74 @@ class _ReadOnly(io.RawIOBase):
         return len(data)
 
 
-def _zstd(unread: Read) -> Read:
-    """Unpacks zstandard frame after frame; its own reader ends a cut frame silently."""
-    import zstandard
+def _stream_after_stream(unread: Read, start: Callable[[], Any]) -> Read:
+    """Unpacks one stream after another to the end of the file; zeros between pass.
 
-    state: dict[str, Any] = {"frame": None, "rest": b""}
+    The files of bz2 and lzma take what is no stream behind the first for nothing, and
+    zstandard's reader a cut frame for its end: both would lose the rest silently.
+    """
+    stream: Any = None
+    rest = b""
+    behind = False
 
     def read(size: int) -> bytes:
+        nonlocal stream, rest, behind
         while True:
-            chunk = state["rest"] or unread(1 << 17)
-            state["rest"] = b""
-            if not chunk:
-                if state["frame"] is not None:
-                    raise EOFError("compressed file ended inside a frame")
-                return b""
-            frame = state["frame"] or zstandard.ZstdDecompressor().decompressobj()
-            data = frame.decompress(chunk)
-            state["rest"] = frame.unused_data if frame.eof else b""
-            state["frame"] = None if frame.eof else frame
+            if not rest and (stream is None or stream.needs_input):
+                rest = unread(CHUNK)
+                if not rest and stream is not None:
+                    raise EOFError("compressed file ended inside a stream")
+                if not rest:
+                    return b""
+            if stream is None:
+                rest = rest.lstrip(b"\0") if behind else rest
+                if not rest:
+                    continue
+                stream = start()
+            data = stream.decompress(rest, size)
+            rest = b""
+            if stream.eof:
+                rest, stream, behind = stream.unused_data, None, True
             if data:
                 return data
 
     return read
+
+
+class _ZstdFrame:
+    """A zstandard frame with the interface of bz2.BZ2Decompressor.
+
+    zstandard gives all that its input makes: the input goes in by small slices, so that
+    32 MiB at most come out at once, whatever the file holds.
+    """
+
+    _SLICE = 1024
+
+    def __init__(self):
+        import zstandard
+
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._input = b""
+        self._at = 0
+        self.eof = False
+
+    @property
+    def needs_input(self) -> bool:
+        return self._at >= len(self._input)
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._frame.unused_data + self._input[self._at :]
+
+    def decompress(self, data: bytes, size: int) -> bytes:
+        if data:
+            self._input, self._at = self._input[self._at :] + data, 0
+        made: list[bytes] = []
+        length = 0
+        while length < size and not self.needs_input and not self.eof:
+            piece = self._input[self._at : self._at + self._SLICE]
+            self._at += len(piece)
+            made.append(self._frame.decompress(piece))
+            length += len(made[-1])
+            self.eof = self._frame.eof
+        return b"".join(made)

@@ -1,5 +1,6 @@
 """The folder of the unfinished work, and whether the finished one is there already."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -61,21 +62,12 @@ def work_folder(
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.parent / f".{out.name}.partial"
-    work.mkdir(exist_ok=True)
-    with open(work / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is preparing {out} at this moment: wait for it"
-            ) from None
+    work = work_path(out)
+    with _alone(work, out):
         ours = {k: v for k, v in options.items() if k not in _MERGE_OPTIONS}
         key = json.dumps([asdict(plan), ours])
         if not _holds(work / "key.json", key):
-            for path in work.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _empty(work)
             plan.save(work / "plan.json")
             write_atomically(work / "key.json", key.encode())
         (work / "parts").mkdir(exist_ok=True)
@@ -86,10 +78,64 @@ def work_folder(
             yield work
         except BaseException:
             if not any((work / "parts").glob("*.json")):
-                shutil.rmtree(work, ignore_errors=True)
+                _remove(work)
             raise
-    if not keep:
-        shutil.rmtree(work, ignore_errors=True)
+        if not keep:
+            _remove(work)
+
+
+def work_path(out: Path) -> Path:
+    """Names the hidden folder of the work for `out`."""
+    out = out.absolute()
+    return out.parent / f".{out.name}.partial"
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes what a run left that was killed when `out` was just done."""
+    work = work_path(out)
+    if work.is_dir():
+        with contextlib.suppress(ValueError), _alone(work, out):  # or it is not done
+            _remove(work)
+
+
+def _empty(work: Path) -> None:
+    for path in work.iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _remove(work: Path) -> None:
+    """Removes the folder, its lock last: a process that comes meanwhile is refused, or
+    begins in an empty folder."""
+    with contextlib.suppress(OSError):
+        _empty(work)
+        (work / "lock").unlink()
+        work.rmdir()
+
+
+@contextmanager
+def _alone(work: Path, out: Path) -> Iterator[None]:
+    """Makes the folder and locks it; it may be removed while it is locked.
+
+    Raises: ValueError if another process has the lock.
+    """
+    while True:
+        work.mkdir(exist_ok=True)
+        try:
+            lock = open(work / "lock", "a")  # noqa: SIM115
+        except FileNotFoundError:
+            continue  # it was removed at this moment
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another process is preparing {out} at this moment: wait for it"
+                ) from None
+            # Was it removed, and perhaps made anew, between opening and locking?
+            if os.fstat(lock.fileno()).st_nlink:
+                yield
+                return
 
 
 def _holds(path: Path, text: str) -> bool:
