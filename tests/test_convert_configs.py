@@ -117,7 +117,7 @@ def test_scaled_rotary_embeddings_are_refused_by_name(rope):
 
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_attention_heads"])
 def test_missing_sizes_are_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"lacks '{name}'"):
+    with pytest.raises(ValueError, match=f"'{name}' is missing"):
         config_from({key: LLAMA[key] for key in LLAMA if key != name})
 
 

@@ -329,7 +329,7 @@ DAMAGE = {
         "layers.3",
     ),
     "fewer layers than weights": (lambda f: _edit(f, num_hidden_layers=2), "layers.2"),
-    "another vocabulary": (lambda f: _edit(f, vocab_size=10**12), "embed_tokens"),
+    "another vocabulary": (lambda f: _edit(f, vocab_size=2**31 - 1), "embed_tokens"),
     "untied without a head": (
         lambda f: _edit(f, tie_word_embeddings=False),
         "lm_head.weight",
