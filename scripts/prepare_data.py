@@ -124,7 +124,10 @@ def submit_to_slurm(args: Arguments, recipe: dict[str, Any]) -> None:
         time=args.time_limit,
         memory_gb=args.memory_gb,
         # The merging run is this command itself: it goes on where the tasks stopped.
-        finish=(*sys.argv, "--executor", "local", "--workers", "1"),
+        finish=(
+            *(word for word in sys.argv if word not in ("--dry-run", "--dry_run")),
+            *("--executor", "local", "--workers", "1"),
+        ),
     )
     scripts = submit(args.input, args.out, job, dry_run=args.dry_run, say=say, **recipe)
     for name, script in zip(("tasks", "merging"), scripts, strict=True):

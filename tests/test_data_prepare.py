@@ -538,7 +538,7 @@ def test_more_than_65536_ids_are_stored_in_32_bits(tmp_path):
     from jaxllm.data.tokenizer import Tokenizer
 
     inner = Tokenizer.load(tmp_path / "one").inner
-    inner.add_tokens([f"\u00a7{i}" for i in range(70_000)])
+    inner.add_tokens([f"<{i}>" for i in range(70_000)])
     inner.save(str(tmp_path / "big.json"))
     big = prepare(
         [path], tmp_path / "two", tokenizer=tmp_path / "big.json", val_fraction=0

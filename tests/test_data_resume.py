@@ -264,6 +264,7 @@ def test_a_dry_run_prints_the_jobs_and_does_nothing(tmp_path, corpus, slurm):
     assert "#SBATCH --partition=batch" in done.stdout
     assert "launch_pickled_pipeline" in done.stdout
     assert "--executor local --workers 1" in done.stdout
+    assert "--dry-run" not in done.stdout  # the merging job is to do something
     assert sorted(tmp_path.rglob("*")) == before
 
 

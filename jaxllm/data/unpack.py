@@ -48,7 +48,7 @@ class LineReader:
         """Walks to the end of the lines that begin before `stop`; gives each piece and
         where it starts."""
         inside = False  # a line that began before `stop` and has not ended
-        while self.position < stop or inside:
+        while (self.position < stop or inside) and not self.ended:
             if not self._rest:
                 self._rest = self._more()
                 if self.ended:
