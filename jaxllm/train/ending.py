@@ -70,7 +70,7 @@ def tell(run: Run, step: int, *, error: str = "") -> None:
     skipped = sum(record.get("skipped", 0) for record in records) + sum(undone)
     happened = {"skipped_steps": skipped} | run.incidents.report()
     summary = {
-        "finished": step == run.total_steps,
+        "finished": step == run.total_steps and not error,
         "step": step,
         "error": error,
         "parameters": run.config.model.n_params,
