@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from run_worker import write_data
 
 from jaxllm.parallel import DistributedConfig
+from jaxllm.train import cluster
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.cluster import DEAD_PEER, Place, find
 from jaxllm.train.metrics import read_jsonl
@@ -259,3 +261,11 @@ def test_impossible_places_are_refused(fields, words):
         DistributedConfig(**fields)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_failed_collective_is_no_mistake_of_the_user():
+    gloo = "UNKNOWN: Gloo AllGather failed: Connection reset by peer"
+    for error in (ValueError(gloo), jax.errors.JaxRuntimeError(gloo)):
+        code, text = cluster._verdict(error)
+        assert code == DEAD_PEER and "another process has died" in text
+    assert cluster._verdict(ValueError("--train.steps 0")) == (2, "--train.steps 0")

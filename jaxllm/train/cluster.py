@@ -9,6 +9,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ FAILED = "jaxllm/failed"
 """Key under which the first process that fails tells the others."""
 DEAD_PEER = 75
 """EX_TEMPFAIL of sysexits.h: start all processes again, and the run goes on."""
+_FAILED = re.compile("(UNKNOWN|UNAVAILABLE|ABORTED|CANCELLED|INTERNAL|DATA_LOSS): ")
 
 
 @dataclass(frozen=True)
@@ -203,15 +205,18 @@ class Peers:
 
 def _verdict(error: BaseException) -> tuple[int, str]:
     """The exit code for an error, and its text."""
-    if isinstance(error, (ValueError, OSError)):
-        return getattr(error, "exit_code", 2), str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    # Where the figures of a step are read, JAX makes a ValueError of a failed one.
+    if isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and _FAILED.match(str(error))
+    ):
         return DEAD_PEER, (
             "a collective failed, most likely because another process has died: start "
             f"all of them again to continue ({one_line(error)})"
         )
+    if isinstance(error, (ValueError, OSError)):
+        return getattr(error, "exit_code", 2), str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
     return 1, f"{type(error).__name__}: {one_line(error)}"
 
 
