@@ -196,6 +196,6 @@ def test_too_little_room_is_said_before_the_first_step(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: few)
     run(small(data, tmp_path / "run", keep=2, keep_every=2))
     said = capsys.readouterr().out
-    # 3 parameters' worth of float32 of 28,832 parameters, 3 + 3 times.
-    assert "WARNING: the checkpoints may take 6 x 0.3 MB, 2.1 MB more than now" in said
+    # 3 parameters' worth of float32 of 28,832 parameters, 3 + 3 times and step 0.
+    assert "WARNING: the checkpoints may take 7 x 0.3 MB, 2.4 MB more than now" in said
     assert said.index("WARNING: the checkpoints") < said.index("validation after 0")
