@@ -134,7 +134,7 @@ def moments(precision: Precision, seed: int) -> Pairs:
             adam.load_state_dict(
                 torch_moments.load(Path(folder) / TRAINER)["optimizer"]
             )
-            told, back = torch_moments.read_trainer(Path(folder))
+            told, back = torch_moments.read_trainer(Path(folder), config)
         where = f"tied={tied}"
         for ours, theirs in (("m", "exp_avg"), ("v", "exp_avg_sq")):
             state = cases.to_torch(opt[ours], config)
