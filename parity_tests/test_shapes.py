@@ -1,11 +1,12 @@
 """Shapes nobody chose: networks drawn at random, tied and not, of any head layout."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import ModelConfig
-from parity_tests.compare import assert_within
+from parity_tests.compare import Pairs, assert_within
 from parity_tests.gates import gate
 from parity_tests.precision import FP32, FP64
 from parity_tests.rungs_forward import of_shape
@@ -43,6 +44,27 @@ def test_any_network_agrees_on_rows_of_any_length(precision, count):
     @given(config=networks(), seed=st.integers(0, 1000), data=st.data())
     def agrees(config, seed, data):
         length = data.draw(st.integers(1, config.max_seq_len))
-        assert_within(of_shape(config, precision, seed, length), bound, "relative L2")
+        pairs = of_shape(config, precision, seed, length)
+        _set_zeros_aside(pairs, np.finfo(precision.dtype).eps)
+        assert_within(pairs, bound, "relative L2")
 
     agrees()
+
+
+def _set_zeros_aside(pairs: Pairs, eps: float) -> None:
+    """Takes out of `pairs` the gradients of wq and wk that are nothing but rounding.
+
+    A query that sees one key alone has the weight 1 whatever its score is: where only
+    such queries bear loss these gradients are 0, and a relative error of them says
+    nothing. Then ours must be as small beside the largest gradient as theirs.
+    """
+    sizes = {
+        name: [np.max(np.abs(np.asarray(x))) for x in pair]
+        for name, pair in pairs.items()
+        if name.startswith("d ")
+    }
+    rounding = 16 * eps * max(theirs for _, theirs in sizes.values())
+    for name, (ours, theirs) in sizes.items():
+        if name.endswith(("wq.weight", "wk.weight")) and theirs <= rounding:
+            assert ours <= rounding, f"{name}: ours {ours:.3g}, theirs {theirs:.3g}"
+            del pairs[name]
