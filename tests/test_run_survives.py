@@ -92,6 +92,14 @@ def wait_for_step(out: Path, process: subprocess.Popen, least: int) -> None:
         time.sleep(0.01)
 
 
+def wait_for_loss(out: Path, process: subprocess.Popen) -> None:
+    """Until a step is done and told: compiling it may take long on a busy machine."""
+    deadline = time.monotonic() + 100
+    while not ((out / "metrics.jsonl").exists() and losses(out)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_sigkill_and_the_same_command_again_equal_an_uninterrupted_run(
     start, whole, tmp_path
 ):
@@ -115,9 +123,8 @@ def test_a_signal_saves_the_running_step_and_exits_with_0(
     start, whole, tmp_path, number
 ):
     out = tmp_path / "stopped"
-    process = start(out, pause_s=0.05, save_every=1000)
-    wait_for_step(out, process, 0)
-    time.sleep(0.5)
+    process = start(out, pause_s=0.05, save_every=1000, log_every=5)
+    wait_for_loss(out, process)
     begun = time.monotonic()
     process.send_signal(number)
     said = end(process)
