@@ -4,6 +4,11 @@ All of it comes from seeds, so nothing binary is kept and any case can be made a
 """
 
 import functools
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -105,7 +110,37 @@ def spread(config: ModelConfig, seed: int, precision: Precision) -> dict:
 
 @functools.cache
 def _trained(seed: int, steps: int, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Trains the reference (not ours: the fixture must not depend on what it tests)."""
+    """Weights of the reference (not ours: the fixture must not depend on what it
+    tests), trained once for all processes of this checkout."""
+    sources = (Path(__file__), Path(k_model.__file__))
+    parts = [file.read_bytes() for file in sources]
+    parts.append(repr((seed, steps, config, torch.__version__)).encode())
+    name = hashlib.sha256(b"".join(parts)).hexdigest()[:32]
+    folder = Path(__file__).resolve().parents[1] / "runs" / "parity" / "trained"
+    return _kept(folder / f"{name}.npz", lambda: _train(seed, steps, config))
+
+
+def _kept(
+    file: Path, make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Arrays from `file`, or made and written to it, where it can be written."""
+    try:
+        with np.load(file) as arrays:
+            return dict(arrays)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+        arrays = make()
+    own = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with own.open("wb") as out:
+            np.savez(out, **arrays)  # pyright: ignore[reportArgumentType]
+        own.replace(file)
+    except OSError:
+        own.unlink(missing_ok=True)
+    return arrays
+
+
+def _train(seed: int, steps: int, config: ModelConfig) -> dict[str, np.ndarray]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = k_model.Transformer(reference_config(config))

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import transformers
 
 from jaxllm.config import ModelConfig
 from jaxllm.convert import to_state_dict
@@ -105,6 +104,8 @@ def _reference(precision: Precision, tokens: np.ndarray) -> np.ndarray:
 def _transformers(precision: Precision, tokens: np.ndarray) -> np.ndarray:
     tensors = to_state_dict(_params(precision), CONFIG, format="llama")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    import transformers  # slow to import: where it is used
+
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig.from_dict(llama_config(CONFIG))
     )

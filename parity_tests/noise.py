@@ -15,13 +15,13 @@ from parity_tests.rungs_training import LONG, LONG_RECIPES, Run, our_run, their_
 DEEP = dataclasses.replace(SMALL, n_layers=8)
 
 
-def measured() -> dict[str, Any]:
+def measured(quick: bool = False) -> dict[str, Any]:
     """Relative L2 of logits by depth and of gradients by tensor, ours and torch's.
 
     Torch's own noise is its float32 against its float64, and its fused attention
     against its plain one in float32.
     """
-    return {"by_depth": _by_depth(), "by_tensor": _by_tensor()}
+    return {"by_depth": _by_depth(3 if quick else 1), "by_tensor": _by_tensor()}
 
 
 def trajectories() -> dict[str, Any]:
@@ -37,11 +37,11 @@ def trajectories() -> dict[str, Any]:
     return found
 
 
-def _by_depth() -> list[dict[str, float]]:
+def _by_depth(every: int) -> list[dict[str, float]]:
     params = cases.spread(DEEP, 0, FP32)
     tokens = cases.text(0, (2, 128), DEEP.vocab_size)
     rows = []
-    for depth in range(1, DEEP.n_layers + 1):
+    for depth in range(1, DEEP.n_layers + 1, every):
         config = dataclasses.replace(DEEP, n_layers=depth)
         cut = params | {"layers": jax.tree.map(lambda x: x[:depth], params["layers"])}  # noqa: B023
         truth = _logits(cut, config, FP64, tokens)

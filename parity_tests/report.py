@@ -4,12 +4,13 @@
 
 Writes OUT/parity.md, OUT/parity/parity.json and plots. Every figure in them comes from
 this run or, with --part, from the run named beside it. --quick takes one seed, leaves
-out what is slow (long runs, the true size, decoding, the mutants, real text) and writes
-to runs/parity.
+out what is slow (long runs, the true size, decoding, the mutants, real text, float32 of
+the parts) and writes to runs/parity.
 """
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -27,7 +28,6 @@ import flax
 import jax
 import numpy as np
 import torch
-import transformers
 
 import parity_tests.conftest  # noqa: F401  (the same strict JAX as the tests)
 from parity_tests import (
@@ -48,8 +48,13 @@ from parity_tests.rungs import RUNGS, SEEDS, measure
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("ladder", "noise", "bf16", "trajectory", "decode", "real_text", "mutants",
          "gpu")  # fmt: skip
-COMPILING = ("step ", "fast forms", "mesh", "exported", "init", "accumulation")
+COMPILING = (
+    "step ", "fast forms", "mesh", "exported", "init", "accumulation", "one recipe",
+    "skipped", "dropout", "evaluation", "other shapes",
+)  # fmt: skip
 """Rungs that spend their time in the compiler; --quick leaves them out too."""
+WHOLE = ("logits", "loss", "gradients")
+"""Rungs that --quick runs in float32 too; of the others float64 notices more."""
 LONG = "200 "
 SHARED = ("step ", LONG, "215M ")
 """Beginnings of the names of rungs that read one computation."""
@@ -66,7 +71,7 @@ def environment() -> dict[str, Any]:
         "jax": jax.__version__,
         "flax": flax.__version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -95,6 +100,13 @@ def ladder(quick: bool) -> list[Chain]:
         if quick and (rung.slow or name.startswith(COMPILING)):
             continue
         for precision in rung.limits:
+            if (
+                quick
+                and precision == "fp32"
+                and len(rung.limits) > 1
+                and name not in WHOLE
+            ):
+                continue
             # Rungs that read one computation stay in one process, which keeps it.
             shared = next((f for f in SHARED if name.startswith(f)), name)
             key = (shared, "any" if shared == LONG else precision)
@@ -143,7 +155,7 @@ def mutant_row(index: int) -> dict[str, Any]:
 def chains(quick: bool, on_cpu: bool) -> list[Chain]:
     """All there is to do, what takes longest first."""
     rungs = ladder(quick)
-    found: list[Chain] = [[Task("noise", noise.measured)]]
+    found: list[Chain] = [[Task("noise", noise.measured, (quick,))]]
     if not on_cpu:
         found.append([Task("gpu", on_gpu.measured)])
     if quick:

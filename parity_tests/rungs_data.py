@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from jaxllm.config import ModelConfig
@@ -166,6 +165,8 @@ def exported(precision: Precision, seed: int) -> Pairs:
         ours_there = to_state_dict(params, config, format="k_model")
         model = k_model.Transformer(k_model.ModelConfig(**k_model_config(config)))
         pairs[f"{name}: k_model"] = (mine, _logits(model, ours_there, tokens))
+        import transformers  # slow to import: where it is used
+
         llama = transformers.LlamaForCausalLM(
             transformers.LlamaConfig.from_dict(llama_config(config))
         )

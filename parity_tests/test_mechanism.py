@@ -73,3 +73,24 @@ def test_the_assertion_names_element_values_and_relative_l2():
 
 def test_metrics_of_rungs_are_known():
     assert {rung.metric for rung in RUNGS.values()} <= {*METRICS, "unequal"}
+
+
+def test_weights_kept_for_other_processes_are_the_same_and_damage_makes_them_anew(
+    tmp_path,
+):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"w": np.arange(3.0)}
+
+    file = tmp_path / "kept" / "weights.npz"
+    for content in (None, None, b"PK no archive", b""):
+        if content is not None:
+            file.write_bytes(content)
+        np.testing.assert_array_equal(cases._kept(file, make)["w"], np.arange(3.0))
+        assert [x.name for x in file.parent.iterdir()] == [file.name]
+    assert len(made) == 3  # not the second time
+    (tmp_path / "a file").touch()  # where no folder can be: made, not kept
+    nowhere = tmp_path / "a file" / "kept.npz"
+    np.testing.assert_array_equal(cases._kept(nowhere, make)["w"], np.arange(3.0))
