@@ -3,6 +3,7 @@
 All of it comes from seeds, so nothing binary is kept and any case can be made again.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -136,7 +137,8 @@ def _kept(
             np.savez(out, **arrays)  # pyright: ignore[reportArgumentType]
         own.replace(file)
     except OSError:
-        own.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            own.unlink()
     return arrays
 
 
