@@ -1,7 +1,10 @@
 """Runs the mutants: each must push its rung past ten times the gate."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from parity_tests.gates import gate
@@ -39,13 +42,28 @@ class Kill:
 
 
 def attempt(mutant: Mutant) -> Kill:
-    """Plants a mutant, runs its rung, and takes it out again."""
+    """Plants a mutant, runs its rung, and takes it out again.
+
+    Compiled with few optimizations, which takes a third less time: they move a result by
+    rounding, and a mutant is killed by ten times the gate.
+    """
     precision = PRECISIONS[mutant.precision]
     bound, seed = gate(mutant.rung, precision), RUNGS[mutant.rung].seeds[0]
-    with planted(mutant):
+    with _compiled_cheaply(), planted(mutant):
         try:
             found = measure(mutant.rung, precision, seed)
         except (AssertionError, TypeError, ValueError) as error:
             # Refused outright: shapes, names or counts no longer fit.
             return Kill(mutant, np.inf, bound, f"refused: {str(error)[:80]}")
     return Kill(mutant, found.error, bound, found.name)
+
+
+@contextlib.contextmanager
+def _compiled_cheaply() -> Iterator[None]:
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)

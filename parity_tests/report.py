@@ -228,7 +228,13 @@ def _spread(todo: list[Chain], processes: int) -> Iterator[tuple[int, list[Any]]
 
 
 def _run(chain: Chain) -> list[Any]:
-    return [task.run(*task.inputs) for task in chain]
+    results = []
+    for task in chain:
+        began = time.perf_counter()
+        results.append(task.run(*task.inputs))
+        if task.part not in ("ladder", "mutants"):
+            print(f"{task.part}: {time.perf_counter() - began:.0f} s", flush=True)
+    return results
 
 
 def main() -> None:

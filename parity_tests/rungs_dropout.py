@@ -22,13 +22,18 @@ def dropout(precision: Precision, seed: int) -> Pairs:
     The masks are derived here from the keys as model.py and step.py document them: the
     run's seed, the step, the micro-batch, then embedding, layer, and place in a layer.
     """
+    run_seed = min(seed, 1)  # part of the compiled step: two of them show that it is
     params = cases.spread(DROPPED, seed, precision)
     other = sides.theirs(params, DROPPED, precision)
     pairs: Pairs = {}
     for at, n_micro in ((0, 2), (5, 2), (3, 1)):
         batch = cases.batch(seed, (n_micro, 2, 20), DROPPED.vocab_size)
         run = sides.run_config(
-            DROPPED, precision.compute(**CPU), rows=2, accumulate=n_micro, seed=seed
+            DROPPED,
+            precision.compute(**CPU),
+            rows=2,
+            accumulate=n_micro,
+            seed=run_seed,
         )
         masks = _Masks(0.2)
         other.add_module("dropout", masks)
@@ -36,7 +41,7 @@ def dropout(precision: Precision, seed: int) -> Pairs:
             layer.add_module("dropout", masks)
         for micro in range(n_micro):
             with precision.active():  # which decides how many random bits are drawn
-                masks.queue += _keep_masks(seed, at, micro, (2, 20, TINY.dim))
+                masks.queue += _keep_masks(run_seed, at, micro, (2, 20, TINY.dim))
         mine, grads = sides.our_loss_and_grads(run, precision, params, batch, at=at)
         theirs, their_grads = backward(other, batch, "token")
         assert not masks.queue
