@@ -44,7 +44,7 @@ class Kill:
 def attempt(mutant: Mutant) -> Kill:
     """Plants a mutant, runs its rung, and takes it out again.
 
-    Compiled with few optimizations, which takes a third less time: they move a result by
+    Compiled with few optimizations, in two thirds of the time: they move a result by
     rounding, and a mutant is killed by ten times the gate.
     """
     precision = PRECISIONS[mutant.precision]

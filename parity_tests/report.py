@@ -3,7 +3,8 @@
     python -m parity_tests.report [--quick | --part NAME] [--out docs]
 
 Writes OUT/parity.md, OUT/parity/parity.json and plots. Every figure in them comes from
-this run or, with --part, from the run named beside it. --quick takes one seed, leaves
+this run or, with --part, from the run named beside it. The thousand steps on real text
+take ten minutes of their own: --part real_text. --quick takes one seed, leaves
 out what is slow (long runs, the true size, decoding, the mutants, real text, float32 of
 the parts) and writes to runs/parity.
 """
@@ -48,6 +49,8 @@ from parity_tests.rungs import RUNGS, SEEDS, measure
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("ladder", "noise", "bf16", "trajectory", "decode", "real_text", "mutants",
          "gpu")  # fmt: skip
+APART = ("real_text",)
+"""Parts that a run without --part leaves as it found them."""
 COMPILING = (
     "step ", "fast forms", "mesh", "exported", "init", "accumulation", "one recipe",
     "skipped", "dropout", "evaluation", "other shapes",
@@ -259,11 +262,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "parity.json"
     results: dict[str, Any] = {}
-    if args.part and file.is_file():
-        results = json.loads(file.read_text())["parts"]
+    if file.is_file():
+        kept = json.loads(file.read_text())["parts"]
+        results = {k: v for k, v in kept.items() if args.part or k in APART}
     began, env = time.perf_counter(), environment()
     todo = [
-        [task for task in chain if args.part in (None, task.part)]
+        [task for task in chain if task.part == args.part or _together(args, task)]
         for chain in chains(args.quick, on_cpu)
     ]
     todo = [chain for chain in todo if chain]
@@ -282,6 +286,11 @@ def main() -> None:
     (out / "parity.md").write_text(page(env, results))
     print(f"{time.perf_counter() - began:.0f} s; wrote {out / 'parity.md'}")
     _judge(results)
+
+
+def _together(args: argparse.Namespace, task: Task) -> bool:
+    """Whether a run without --part does it."""
+    return args.part is None and task.part not in APART
 
 
 def _judge(results: dict[str, Any]) -> None:
