@@ -247,8 +247,11 @@ def resident_bytes(pid: int) -> int:
 def _batches(data: Path, seconds: float) -> list[dict[str, Any]]:
     """Reads batches of 32 rows of 512 tokens, shuffled, by one thread.
 
-    A start is opening the folder and reading a batch, here at several places of a run.
+    A start is opening the folder and reading a batch, here at several places of a run;
+    importing grain, once in a process, is no part of it.
     """
+    import grain  # noqa: F401
+
     from jaxllm.data.batches import Batches
 
     results = []
