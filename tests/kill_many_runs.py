@@ -47,7 +47,7 @@ BAD: dict[int, float] = dict.fromkeys((5, 14, 15, 16), math.nan)
 PLACES = {
     "preparing data": ["data.corpus:_make_tokenizer", "data.corpus:_run",
                        "data.corpus:merge"],
-    "a step": ["train.loop:to_device"],
+    "a step": ["train.feed:to_device"],
     "a save": ["train.checkpoint:make_manifest", "train.checkpoint:verify_arrays"],
     "the commit": ["train.checkpoint:seal", "train.checkpoint:sync_folder"],
     "pruning": ["train.checkpoint:prune", "train.step_folders:discard"],

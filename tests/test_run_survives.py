@@ -1,5 +1,6 @@
 """What a run promises through death, signals, full disks, damage and other machines."""
 
+import importlib
 import json
 import os
 import random
@@ -211,3 +212,12 @@ def test_resume_on_1_then_8_then_2_devices(start, tmp_path):
     assert all(moved[s] == still[s] for s in range(9))
     worst = max(abs(moved[s] / still[s] - 1) for s in still)
     assert 0 < worst < 1e-10, worst
+
+
+def test_the_places_where_many_runs_are_killed_are_there():
+    """tests/kill_many_runs.py is run by hand: it must not fall behind the code."""
+    from kill_many_runs import PLACES
+
+    for place in (place for places in PLACES.values() for place in places):
+        module, name = place.split(":")
+        assert callable(getattr(importlib.import_module(f"jaxllm.{module}"), name))
