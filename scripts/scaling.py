@@ -65,7 +65,7 @@ Projections go in bfloat16. The tied table's gradients are reduced twice in floa
 embedding's and as head's; it is gathered once, in float32 (6.6B: in bfloat16). FSDP
 gathers weights once a step and keeps them for the backward pass, so a GPU sends about
 what it sends under DP; gathering them again would be half as much more. HSDP's
-all-reduces, between nodes, have no product beside them.
+all-reduces, between nodes, have next to no product beside them.
 """
 CHECKED = """\
 Whether it may be scaled so: figures made from few layers, or from 8 GPUs, beside what
@@ -84,7 +84,7 @@ PREDICTED = """\
 The tokens of a GPU stay the same (weak scaling); efficiency is against one GPU that had
 the memory. In brackets: ms of exchange, hidden or not, and memory of a GPU, which is as
 uncertain as the check above says; a step needing more than {room:.1f} GB does not fit.
-HSDP falls behind FSDP because its all-reduces have no product beside them.
+HSDP falls behind FSDP because its all-reduces have next to no product beside them.
 
 DP is `--parallel.data -1`; FSDP `--parallel.fsdp -1 --parallel.data 1`; HSDP
 `--parallel.fsdp 8`, which on 8 GPUs is FSDP. A sharded optimizer alone (ZeRO stage 1)
