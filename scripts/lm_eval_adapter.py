@@ -52,7 +52,8 @@ def evaluate(
             f"{lm_eval.__version__}: check the name, or give --task-path"
         )
     try:
-        results: Any = lm_eval.simple_evaluate(
+        evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its parameters
+        results = evaluate(
             model=_harness_model(scorer, network, tokenizer), tasks=list(tasks),
             task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False,
         )  # fmt: skip
@@ -165,7 +166,8 @@ def _harness_model(scorer: Scorer, network: tuple[Any, dict], tokenizer: Tokeniz
             self.answers = Answers(scorer, network, tokenizer)
 
         def loglikelihood(self, requests):
-            return self.answers.likelihoods([request.args for request in requests])
+            pairs: Any = [request.args for request in requests]
+            return self.answers.likelihoods(pairs)
 
         def loglikelihood_rolling(self, requests):
             return self.answers.rolling([request.args[0] for request in requests])

@@ -1,14 +1,15 @@
 """Kills a training run very often, everywhere, and looks what becomes of it.
 
-kill_many_runs.py KILLS [SEED [MINUTES]] [--write]: starts a run that prepares its data,
-trains 30 steps with a checkpoint every other step, meets bad data and goes back once;
+kill_many_runs.py KILLS [SEED [MINUTES]] [--write | --add]: starts a run that prepares
+its data, trains 30 steps with a checkpoint every other step, meets bad data and goes back once;
 kills it by SIGKILL, and starts it again with the same arguments, until it ends; then
 the next run, until there were KILLS, or the time is over. Half of the kills come at a
 moment drawn evenly from the duration of a run; the others soon after the run has
 entered one of PLACES, often within it. No kill may take a visible checkpoint away, and
 each run's final arrays, losses, rollbacks and data must be those of a run that was left
 alone.
-Prints one line of JSON; with --write also into docs/kills.json.
+Prints one line of JSON; --write makes it the record in docs/kills.json, and --add one
+more of it.
 
 Every run is forked from this process, which has imported all and started nothing.
 """
@@ -204,9 +205,11 @@ def log_of(out: Path) -> str:
 
 
 if __name__ == "__main__":
-    given = [word for word in sys.argv[1:] if word != "--write"]
-    record = main(*map(int, given))
-    print(json.dumps(record))
-    if "--write" in sys.argv:
-        text = json.dumps(record, indent=1) + "\n"
-        Path(__file__).parents[1].joinpath("docs", "kills.json").write_text(text)
+    given = [word for word in sys.argv[1:] if not word.startswith("--")]
+    records, file = [], Path(__file__).parents[1] / "docs" / "kills.json"
+    if "--add" in sys.argv:
+        records = json.loads(file.read_text())
+    records.append(main(*map(int, given)))
+    print(json.dumps(records[-1]))
+    if {"--write", "--add"} & {*sys.argv}:
+        file.write_text(json.dumps(records, indent=1) + "\n")
