@@ -1,13 +1,13 @@
 """Kills a training run very often, everywhere, and looks what becomes of it.
 
 kill_many_runs.py KILLS [SEED [MINUTES]] [--write | --add]: starts a run that prepares
-its data, trains 30 steps with a checkpoint every other step, meets bad data and goes back once;
-kills it by SIGKILL, and starts it again with the same arguments, until it ends; then
-the next run, until there were KILLS, or the time is over. Half of the kills come at a
-moment drawn evenly from the duration of a run; the others soon after the run has
-entered one of PLACES, often within it. No kill may take a visible checkpoint away, and
-each run's final arrays, losses, rollbacks and data must be those of a run that was left
-alone.
+its data, trains 30 steps with a checkpoint every other step, meets bad data and goes
+back once; kills it by SIGKILL, and starts it again with the same arguments, until it
+ends; then the next run, until there were KILLS, or the time is over. Half of the kills
+come at a moment drawn evenly from the duration of a run; the others soon after the run
+has entered one of PLACES, often within it. No kill may take a visible checkpoint away,
+and each run's final arrays, losses, rollbacks and data must be those of a run that was
+left alone.
 Prints one line of JSON; --write makes it the record in docs/kills.json, and --add one
 more of it.
 
