@@ -6,7 +6,7 @@ All of it comes from seeds, so nothing binary is kept and any case can be made a
 import contextlib
 import functools
 import hashlib
-import os
+import io
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from jaxllm.config import ModelConfig
+from jaxllm.data.files import write_atomically
 from parity_tests.precision import Precision
 from torch_ref import k_model
 
@@ -130,15 +131,11 @@ def _kept(
             return dict(arrays)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile):
         arrays = make()
-    own = file.with_suffix(f".{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with own.open("wb") as out:
-            np.savez(out, **arrays)  # pyright: ignore[reportArgumentType]
-        own.replace(file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            own.unlink()
+        content = io.BytesIO()
+        np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
+        write_atomically(file, content.getvalue())
     return arrays
 
 

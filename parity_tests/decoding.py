@@ -102,10 +102,10 @@ def _reference(precision: Precision, tokens: np.ndarray) -> np.ndarray:
 
 
 def _transformers(precision: Precision, tokens: np.ndarray) -> np.ndarray:
-    tensors = to_state_dict(_params(precision), CONFIG, format="llama")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     import transformers  # slow to import: where it is used
 
+    tensors = to_state_dict(_params(precision), CONFIG, format="llama")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig.from_dict(llama_config(CONFIG))
     )

@@ -4,7 +4,7 @@
 
 Writes OUT/parity.md, OUT/parity/parity.json and plots. Every figure in them comes from
 this run or, with --part, from the run named beside it. The thousand steps on real text
-take ten minutes of their own: --part real_text. --quick takes one seed, leaves
+take thirteen minutes of their own: --part real_text. --quick takes one seed, leaves
 out what is slow (long runs, the true size, decoding, the mutants, real text, float32 of
 the parts) and writes to runs/parity.
 """
@@ -102,14 +102,8 @@ def ladder(quick: bool) -> list[Chain]:
     for name, rung in RUNGS.items():
         if quick and (rung.slow or name.startswith(COMPILING)):
             continue
-        for precision in rung.limits:
-            if (
-                quick
-                and precision == "fp32"
-                and len(rung.limits) > 1
-                and name not in WHOLE
-            ):
-                continue
+        both = not quick or name in WHOLE
+        for precision in rung.limits if both else [*rung.limits][:1]:
             # Rungs that read one computation stay in one process, which keeps it.
             shared = next((f for f in SHARED if name.startswith(f)), name)
             key = (shared, "any" if shared == LONG else precision)
@@ -266,8 +260,9 @@ def main() -> None:
         kept = json.loads(file.read_text())["parts"]
         results = {k: v for k, v in kept.items() if args.part or k in APART}
     began, env = time.perf_counter(), environment()
+    parts = {args.part} if args.part else {*PARTS} - {*APART}
     todo = [
-        [task for task in chain if task.part == args.part or _together(args, task)]
+        [task for task in chain if task.part in parts]
         for chain in chains(args.quick, on_cpu)
     ]
     todo = [chain for chain in todo if chain]
@@ -286,11 +281,6 @@ def main() -> None:
     (out / "parity.md").write_text(page(env, results))
     print(f"{time.perf_counter() - began:.0f} s; wrote {out / 'parity.md'}")
     _judge(results)
-
-
-def _together(args: argparse.Namespace, task: Task) -> bool:
-    """Whether a run without --part does it."""
-    return args.part is None and task.part not in APART
 
 
 def _judge(results: dict[str, Any]) -> None:

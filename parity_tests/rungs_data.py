@@ -154,6 +154,8 @@ def moments(precision: Precision, seed: int) -> Pairs:
 
 def exported(precision: Precision, seed: int) -> Pairs:
     """Logits of k_model and of stock transformers, built from what convert.py gives."""
+    import transformers  # slow to import: where it is used
+
     pairs: Pairs = {}
     for name, config in MODELS.items():
         config = dataclasses.replace(
@@ -165,8 +167,6 @@ def exported(precision: Precision, seed: int) -> Pairs:
         ours_there = to_state_dict(params, config, format="k_model")
         model = k_model.Transformer(k_model.ModelConfig(**k_model_config(config)))
         pairs[f"{name}: k_model"] = (mine, _logits(model, ours_there, tokens))
-        import transformers  # slow to import: where it is used
-
         llama = transformers.LlamaForCausalLM(
             transformers.LlamaConfig.from_dict(llama_config(config))
         )

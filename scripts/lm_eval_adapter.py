@@ -52,8 +52,8 @@ def evaluate(
             f"{lm_eval.__version__}: check the name, or give --task-path"
         )
     try:
-        evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its parameters
-        results = evaluate(
+        run: Any = lm_eval.simple_evaluate  # its decorator hides its parameters
+        results = run(
             model=_harness_model(scorer, network, tokenizer), tasks=list(tasks),
             task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False,
         )  # fmt: skip

@@ -205,7 +205,7 @@ def log_of(out: Path) -> str:
 
 
 if __name__ == "__main__":
-    given = [word for word in sys.argv[1:] if not word.startswith("--")]
+    given = [word for word in sys.argv[1:] if word not in ("--write", "--add")]
     records, file = [], Path(__file__).parents[1] / "docs" / "kills.json"
     if "--add" in sys.argv:
         records = json.loads(file.read_text())

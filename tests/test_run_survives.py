@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,16 +88,18 @@ def whole(start, tmp_path_factory) -> Path:
 
 
 def wait_for_step(out: Path, process: subprocess.Popen, least: int) -> None:
-    deadline = time.monotonic() + 100
-    while max(Checkpoints(out / "checkpoints").steps(), default=-1) < least:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    checkpoints = Checkpoints(out / "checkpoints")
+    wait_until(process, lambda: max(checkpoints.steps(), default=-1) >= least)
 
 
 def wait_for_loss(out: Path, process: subprocess.Popen) -> None:
     """Until a step is done and told: compiling it may take long on a busy machine."""
+    wait_until(process, lambda: bool(losses(out)))
+
+
+def wait_until(process: subprocess.Popen, done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 100
-    while not ((out / "metrics.jsonl").exists() and losses(out)):
+    while not done():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
 

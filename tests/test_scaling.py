@@ -94,8 +94,9 @@ def test_compiled_volumes_are_those_of_the_parameters(size):
     assert all(one.kind == "all-reduce" for one in pairs)
     reduced = sum(one.bytes for one in pairs)
     assert reduced == pytest.approx((projections + 2 * table) / 8, rel=0.01)
-    # The compiler hides next to none of it: the prediction counts what it does not.
-    assert 0.9 * reduced < sum(one.bare_bytes for one in pairs) <= reduced
+    # The compiler hides none of it, of the largest size next to none.
+    bare = sum(one.bare_bytes for one in pairs)
+    assert 0.9 * reduced < bare < reduced if size == "6.6B" else bare == reduced
     hybrid = volumes(size, "hsdp16")
     for kind in ("all-gather", "reduce-scatter"):
         assert hybrid[kind] == pytest.approx(sharded[kind], rel=0.01)
