@@ -44,6 +44,11 @@ class ComputeConfig:
     """What the backward pass recomputes: nothing; all but the matrix products; whole
     layers. Later ones need less memory and more time; auto is none where goal is
     accurate."""
+    gate_up: Literal["auto", "joined", "apart"] = "auto"
+    """Whether the fused layer multiplies by gate and up at once; auto is joined on a
+    GPU where act is kept (remat=none). Elsewhere it costs more than it spares: act is
+    recomputed in the kernel of its gradients only while those are two arrays, and a CPU
+    copies what is joined."""
     gemm: Literal["auto", "cublas", "triton"] = "auto"
     """Matrix products on a GPU: cuBLAS alone, which adds them to the residual stream
     in one go, or XLA's Triton kernels too, the faster of the two; auto is cublas
@@ -98,6 +103,10 @@ class ComputeConfig:
             layer = "fused" if fused else "plain"
         loss = "chunked" if platform == "gpu" else "plain"
         gemm = "cublas" if layer == "fused" else "triton"
+        remat = self.remat
+        if remat == "auto":
+            remat = "products" if lean else "none"
+        gate_up = "joined" if platform == "gpu" and remat == "none" else "apart"
         embedding = "plain"
         if platform == "gpu":
             embedding = "one_hot" if vocab_size <= 8192 else "sorted"
@@ -110,9 +119,8 @@ class ComputeConfig:
             attention=attention if self.attention == "auto" else self.attention,
             layer=layer,
             embedding=embedding if self.embedding == "auto" else self.embedding,
-            remat=(
-                ("products" if lean else "none") if self.remat == "auto" else self.remat
-            ),
+            remat=remat,
+            gate_up=gate_up if self.gate_up == "auto" else self.gate_up,
             gemm=gemm if self.gemm == "auto" else self.gemm,
             logits_dtype=logits if self.logits_dtype == "auto" else self.logits_dtype,
             cross_entropy=loss if self.cross_entropy == "auto" else self.cross_entropy,

@@ -16,14 +16,15 @@ from parity_tests.precision import FP32, FP64, Precision
 from parity_tests.rungs_training import Run, our_run, their_run
 from torch_ref import k_model
 
+FUSED: dict = {"layer": "fused", "gate_up": "joined"}
 VARIANTS: dict[str, dict] = {
     "residual float32": {"residual_dtype": "float32"},
     "residual bfloat16": {"residual_dtype": "bfloat16"},
-    "residual float32, fused": {"residual_dtype": "float32", "layer": "fused"},
-    "residual bfloat16, fused": {"residual_dtype": "bfloat16", "layer": "fused"},
+    "residual float32, fused": {"residual_dtype": "float32"} | FUSED,
+    "residual bfloat16, fused": {"residual_dtype": "bfloat16"} | FUSED,
     "residual float32, fused, bfloat16 logits": {
-        "residual_dtype": "float32", "layer": "fused", "cross_entropy": "chunked",
-        "logits_dtype": "bfloat16",
+        "residual_dtype": "float32", "cross_entropy": "chunked",
+        "logits_dtype": "bfloat16", **FUSED,
     },
     "goal lean: residual, logits bfloat16, fused": {
         "residual_dtype": "bfloat16", "layer": "fused", "cross_entropy": "chunked",

@@ -25,8 +25,8 @@ from torch_ref import k_model
 
 FORMS: dict[str, dict] = {
     "fused layer, one-hot embedding, chunked loss": {
-        "layer": "fused", "embedding": "one_hot", "cross_entropy": "chunked",
-        "loss_chunk": 37,
+        "layer": "fused", "gate_up": "joined", "embedding": "one_hot",
+        "cross_entropy": "chunked", "loss_chunk": 37,
     },
     "fused layer unrolled, sorted embedding, remat": {
         "layer": "fused", "embedding": "sorted", "remat": "products", "unroll": 2,

@@ -127,7 +127,8 @@ def one_recipe(precision: Precision, seed: int) -> Pairs:
 
 
 ON_GPU: dict = {
-    "layer": "fused", "embedding": "sorted", "cross_entropy": "chunked",
+    "layer": "fused", "gate_up": "joined", "embedding": "sorted",
+    "cross_entropy": "chunked",
 }  # fmt: skip
 ON_MESH = dataclasses.replace(TINY, vocab_size=96, tie_word_embeddings=False)
 

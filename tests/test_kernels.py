@@ -204,7 +204,8 @@ DOUBLE: dict[str, Any] = {
     "param_dtype": "float64", "compute_dtype": "float64", "residual_dtype": "float64",
 }  # fmt: skip
 FAST: dict[str, Any] = {
-    "layer": "fused", "embedding": "sorted", "cross_entropy": "chunked",
+    "layer": "fused", "gate_up": "joined", "embedding": "sorted",
+    "cross_entropy": "chunked",
 }  # fmt: skip
 
 
@@ -213,6 +214,7 @@ FAST: dict[str, Any] = {
     "changes",
     [
         {"layer": "fused"},
+        {"layer": "fused", "gate_up": "joined"},
         {"layer": "fused", "remat": "products"},
         {"layer": "fused", "remat": "products", "unroll": 3},
         {"layer": "plain", "remat": "products", "unroll": 3},
@@ -231,13 +233,15 @@ def test_fast_model_equals_plain_in_float64(x64, seed, changes):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("residual", ["float32", "bfloat16"])
-def test_fused_layer_in_bfloat16_is_no_worse_than_plain(x64, seed, residual):
+@pytest.mark.parametrize("gate_up", ["joined", "apart"])
+def test_fused_layer_in_bfloat16_is_no_worse_than_plain(x64, seed, residual, gate_up):
     params, batch = params_and_batch(seed, "float64")
     truth = model_loss_and_grads(params, batch, **DOUBLE)[1]
     narrow = jax.tree.map(lambda x: x.astype("float32"), params)
     half: dict[str, Any] = {"compute_dtype": "bfloat16", "residual_dtype": residual}
     plain = model_loss_and_grads(narrow, batch, **half)[1]
-    fast = model_loss_and_grads(narrow, batch, **half, layer="fused")[1]
+    form = {"layer": "fused", "gate_up": gate_up}
+    fast = model_loss_and_grads(narrow, batch, **half, **form)[1]
     for a, b, c in zip(*map(jax.tree.leaves, (fast, plain, truth)), strict=True):
         assert relative(a, c) < 1.5 * relative(b, c)
 
@@ -301,13 +305,14 @@ def test_lean_is_narrow_on_a_gpu_with_bfloat16_and_nowhere_else():
         made = ComputeConfig(goal="lean", **given).resolve(
             n_layers=2, platform=platform, compute_capability=capability
         )
-        return made.residual_dtype, made.logits_dtype, made.remat
+        return made.residual_dtype, made.logits_dtype, made.remat, made.gate_up
 
-    assert chosen("gpu", 9.0) == ("bfloat16", "bfloat16", "products")
+    assert chosen("gpu", 9.0) == ("bfloat16", "bfloat16", "products", "apart")
     assert chosen("gpu", 9.0, residual_dtype="float32")[0] == "float32"
     assert chosen("gpu", 9.0, remat="layer")[2] == "layer"
-    for platform, capability in (("gpu", 7.5), ("cpu", 0.0)):
-        assert chosen(platform, capability) == ("float32", "float32", "none")
+    wide = ("float32", "float32", "none")
+    assert chosen("gpu", 7.5) == (*wide, "joined")
+    assert chosen("cpu", 0.0) == (*wide, "apart")
 
 
 def test_auto_chooses_fast_forms_on_a_gpu():
@@ -315,8 +320,8 @@ def test_auto_chooses_fast_forms_on_a_gpu():
         n_layers=18, vocab_size=49152, platform="gpu", compute_capability=9.0
     )
     assert gpu == dataclasses.replace(
-        gpu, attention="cudnn", layer="fused", cross_entropy="chunked",
-        embedding="sorted", unroll=18, compute_dtype="bfloat16",
+        gpu, attention="cudnn", layer="fused", gate_up="joined", unroll=18,
+        cross_entropy="chunked", embedding="sorted", compute_dtype="bfloat16",
     )  # fmt: skip
 
 

@@ -114,6 +114,7 @@ VARIANTS: list[tuple[tuple[int, int, int], Dtype, dict[str, Any], list[str]]] = 
      UNTIED | dict(layer="fused", remat="products", embedding="rows"), []),
     ((8, 1, 1), "float64", dict(accumulate=2, loss_norm="micro_batch"), SEGMENTS),
     ((2, 2, 2), "float32", {}, []),
+    ((2, 2, 2), "float32", dict(gate_up="joined"), []),
 ]  # fmt: skip
 
 

@@ -15,8 +15,7 @@ class Piece(NamedTuple):
     """A part of the feed-forward's matrices, some of its F; most layers have one."""
 
     gate_up: "jax.Array | tuple[jax.Array, jax.Array]"
-    """Joined as (D, C, F), or (D, F) of each: recomputing act beside its gradients is
-    one kernel only while those are two arrays."""
+    """Joined as (D, C, F), or (D, F) of each."""
     down_FD: jax.Array
 
 
