@@ -32,6 +32,7 @@ import jax.numpy as jnp
 
 from jaxllm.kernels.attention import attention
 from jaxllm.kernels.fold import Piece, Weights, fold
+from jaxllm.kernels.heads import join, split
 from jaxllm.kernels.per_device import HEADS
 
 PIECES = 2
@@ -94,7 +95,8 @@ def _forward(static, h_BTD, weights, freqs_cos, freqs_sin):
     x_MD = _narrow(h_MD, dtype)
     rstd_M = _rstd(h_MD, static.eps)
     qkv_BTJ = (x_MD @ weights.qkv_DJ).reshape(b, t, -1)
-    q, k, v = _split(static, qkv_BTJ, rstd_M.reshape(b, t), freqs_cos, freqs_sin)
+    heads = static.n_heads, static.n_kv_heads
+    q, k, v = split(*heads, qkv_BTJ, rstd_M.reshape(b, t), freqs_cos, freqs_sin)
     out_BTNH, attention_vjp = jax.vjp(
         functools.partial(attention, implementation=static.attention), q, k, v
     )
@@ -132,8 +134,8 @@ def _backward(static, residuals, dh_BTD):
     dout_ME = _times_transposed(dh_MD, weights.out_D)
     dout_D = _outer(out_ME, dh_MD)
     dout_BTNH = dout_ME.reshape(b, t, static.n_heads, -1)
-    dqkv_BTJ = _join(
-        static, attention_vjp(dout_BTNH), rstd_M.reshape(b, t), freqs_cos, freqs_sin
+    dqkv_BTJ = join(
+        attention_vjp(dout_BTNH), rstd_M.reshape(b, t), freqs_cos, freqs_sin
     )
     dqkv_MJ = dqkv_BTJ.reshape(b * t, -1)
     dqkv_DJ = _outer(x_MD, dqkv_MJ)
@@ -286,40 +288,6 @@ def _swiglu(gate_up, rstd_M):
     # gradient, and moves 278 KiB a token more in a 215M model.
     both = gate_up.astype(rstd_M.dtype) * rstd_M[..., None, None]
     return (jax.nn.silu(both[:, 0]) * both[:, 1]).astype(gate_up.dtype)
-
-
-def _split(static, qkv_BTJ, rstd_BT, freqs_cos, freqs_sin):
-    """Cuts q, k and v apart, applies the norm's factor and rotates q and k."""
-    b, t, j = qkv_BTJ.shape
-    n, k = static.n_heads, static.n_kv_heads
-    h = j // (n + 2 * k)
-    qkv_BTKGH = qkv_BTJ.reshape(b, t, k, -1, h)
-    scale = rstd_BT[:, :, None, None, None]
-    qkv = qkv_BTKGH.astype(rstd_BT.dtype) * scale
-    q, key, value = qkv[:, :, :, :-2], qkv[:, :, :, -2], qkv[:, :, :, -1]
-    q = _rotate(q.reshape(b, t, n, h), freqs_cos, freqs_sin)
-    key = _rotate(key, freqs_cos, freqs_sin)
-    return tuple(x.astype(qkv_BTJ.dtype) for x in (q, key, value))
-
-
-def _join(static, dqkv, rstd_BT, freqs_cos, freqs_sin):
-    """The transpose of _split: turns back, applies the factor, and joins."""
-    dq, dk, dv = (x.astype(rstd_BT.dtype) for x in dqkv)
-    b, t, k, h = dk.shape
-    dq = _rotate(dq, freqs_cos, -freqs_sin).reshape(b, t, k, -1, h)
-    dk = _rotate(dk, freqs_cos, -freqs_sin)
-    joined = jnp.concatenate([dq, dk[:, :, :, None], dv[:, :, :, None]], axis=3)
-    joined = joined * rstd_BT[:, :, None, None, None]
-    return joined.reshape(b, t, -1).astype(dqkv[0].dtype)
-
-
-def _rotate(x_BTNH, freqs_cos, freqs_sin):
-    """Rotates interleaved pairs (a, b) to (a cos - b sin, b cos + a sin)."""
-    pairs = x_BTNH.reshape(*x_BTNH.shape[:-1], -1, 2)
-    cos = freqs_cos[:, :, None, :, None]
-    signs_2 = jnp.array([-1, 1], freqs_sin.dtype)
-    sin = freqs_sin[:, :, None, :, None] * signs_2[None, None, None, None]
-    return (pairs * cos + pairs[..., ::-1] * sin).reshape(x_BTNH.shape)
 
 
 def _times_transposed(dy, weight):
