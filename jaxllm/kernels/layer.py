@@ -208,8 +208,10 @@ def _apart_backward(dh_MD, dy_MD, x_MD, rstd_M, gate_up, act_MF, dact_MF, piece)
 
 def _swiglu_backward(gate_up, rstd_M, dact_MF):
     """The gradients of gate and up, before the norm's factor, in two kernels."""
-    # Without the barrier XLA writes the sigmoid in a third, for the other two to read.
-    gates = gate_up[0], jax.lax.optimization_barrier(gate_up[0])
+    # Without a barrier each XLA writes the sigmoid for both to read, or keeps the
+    # forward's, which is then written for this.
+    first, dact_MF = jax.lax.optimization_barrier((gate_up[0], dact_MF))
+    gates = first, jax.lax.optimization_barrier(gate_up[0])
     rstd_M1 = rstd_M[..., None]
     gate, again, up = (x.astype(rstd_M.dtype) * rstd_M1 for x in (*gates, gate_up[1]))
     dact = dact_MF.astype(rstd_M.dtype) * rstd_M1
