@@ -104,8 +104,10 @@ def sides(gpu: bool) -> dict[str, tuple[str, dict[str, Any]]]:
             "torch.compile": ("torch", compiled),
             "torch.compile, flash": ("torch", compiled | {"sdpa": "flash"}),
         }
+    eager = compiled | {"compiled": False}
     return ours | {
-        "torch eager": ("torch", compiled | {"compiled": False}),
+        "torch eager": ("torch", eager),
+        "torch eager, memory kept": ("torch", eager | {"keep_memory": True}),
         "torch.compile": ("torch", compiled),
     }
 

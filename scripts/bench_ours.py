@@ -16,6 +16,7 @@ from bench_common import (  # isort: skip
     serve,
     timed_blocks,
 )
+from jaxllm.train.allocator import keep_memory  # isort: skip
 from jaxllm.train.device import peak_bytes  # isort: skip
 from jaxllm.train.sharding import make_mesh  # isort: skip
 from jaxllm.train.step import build  # isort: skip
@@ -146,6 +147,7 @@ def matmul_rate(repeats: int = 20) -> float:
 def main() -> None:
     """Serves the parent."""
     spec = read_spec()
+    keep_memory()  # as pretrain.py does
     restrict_threads(spec.get("threads", 0))
     worker = Worker(spec)
     serve(

@@ -101,7 +101,4 @@ def environment(gpu: bool, caches: Path) -> dict[str, str]:
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""
         env["JAX_PLATFORMS"] = "cpu"
-        # Huge pages for large arrays, for both sides: without them a tenth of the time
-        # goes to page faults.
-        env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     return env

@@ -18,6 +18,7 @@ from bench_common import (  # isort: skip
     timed_blocks,
 )
 from bench_transformers import stand_in  # isort: skip
+from jaxllm.train.allocator import keep_memory  # isort: skip
 
 stand_in()
 from torch_ref import ddp_pretrain as ref  # noqa: E402  # isort: skip
@@ -155,6 +156,8 @@ def matmul_rate(device: torch.device, repeats: int = 20) -> float:
 def main() -> None:
     """Serves the parent."""
     spec = read_spec()
+    if spec.get("keep_memory"):
+        keep_memory()
     restrict_threads(spec.get("threads", 0))
     if spec.get("threads"):
         torch.set_num_threads(spec["threads"])

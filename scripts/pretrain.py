@@ -9,6 +9,7 @@ import command_line
 
 from jaxllm.config import RunConfig
 from jaxllm.presets import PRESETS, preset
+from jaxllm.train.allocator import keep_memory
 
 USAGE = """Trains a model from a preset, with any field overridden by a flag.
 
@@ -26,6 +27,7 @@ ALIASES = {"--verify-data": "--data.verify"}
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and trains."""
     config = parse(list(sys.argv[1:] if argv is None else argv))
+    keep_memory()
     from jaxllm.train.loop import run  # imports JAX: --help should not wait for it
 
     run(config)
