@@ -13,6 +13,7 @@ import jax
 from jaxllm.config import RunConfig, to_json
 from jaxllm.parallel import DistributedConfig
 from jaxllm.train import events, origin
+from jaxllm.train.allocator import tend
 from jaxllm.train.cluster import joined
 from jaxllm.train.console import Console
 from jaxllm.train.device import out_of_memory, pin_kernels
@@ -222,6 +223,7 @@ def advance(run: Run, state: State, stop: Stop) -> State:
         if last or _due(done, options.sample_every):
             with run.watchdog.paused("a text sample"):
                 events.sample(run, state, done)
+        tend()
     return state
 
 
