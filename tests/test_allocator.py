@@ -87,6 +87,23 @@ def test_a_small_one_keeps_it_while_it_steps(perform):
     assert max(small["faults"][1:]) < 16
 
 
+def test_no_memory_is_promised_where_promises_count(perform, tmp_path):
+    from jaxllm.train import allocator
+
+    spaces = {}
+    for mode in ("0", "2"):
+        (tmp_path / mode).write_text(mode)
+        out = perform(
+            before="from pathlib import Path\n"
+            f"allocator.OVERCOMMIT = Path({str(tmp_path / mode)!r})\n"
+            "kept = allocator.keep_memory()",
+            between='held[-1] = int(open("/proc/self/statm").read().split()[0]) << 12',
+        )
+        assert out["kept"] and max(out["faults"][1:]) < 16
+        spaces[mode] = max(out["held"])
+    assert spaces["0"] - spaces["2"] > 0.4 * allocator.memory_bytes()
+
+
 @pytest.mark.parametrize(
     "environment",
     [{"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, {"MALLOC_ARENA_MAX": "4"}],

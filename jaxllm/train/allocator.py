@@ -14,6 +14,8 @@ HUGE_PAGE_BYTES = 2 << 20
 MOST = 1 / 3
 """Of the memory that this process may have, that it holds without giving any back."""
 
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+
 _kept: list[ctypes.CDLL] = []
 
 
@@ -98,6 +100,8 @@ def _tune(libc: ctypes.CDLL, options: dict[int, int]) -> bool:
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     """Asks for huge pages in what the heap will grow into: half as much as there is.
     Nothing of it is taken yet. Where the system says no, pages stay small."""
+    if _counts_promises():
+        return
     size = memory_bytes() // 2
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
@@ -107,6 +111,14 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
         whole = (block + size - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
         libc.madvise(start, whole, MADV_HUGEPAGE)
         libc.free(block)
+
+
+def _counts_promises() -> bool:
+    """Whether memory counts from when it is asked for, not from when it is used."""
+    try:
+        return OVERCOMMIT.read_text().strip() == "2"
+    except OSError:
+        return True
 
 
 def _has_gpu(environment: Mapping[str, str]) -> bool:
