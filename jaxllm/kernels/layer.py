@@ -202,7 +202,9 @@ def _apart_backward(dh_MD, dy_MD, x_MD, rstd_M, gate_up, act_MF, dact_MF, piece)
     dx_MD = dx_MD + _times_transposed(dup_MF, up_DF).astype(stat)
     drstd_M = jnp.sum(dx_MD * x_MD.astype(stat), axis=-1) / rstd_M
     dh_MD = (dh_MD.astype(stat) + dx_MD).astype(dh_MD.dtype)
-    dgate_up = _outer(x_MD, dgate_MF), _outer(x_MD, dup_MF)
+    # As sums over the tokens of both factors these take longer; one copy serves both.
+    x_DM = jax.lax.optimization_barrier(x_MD.T)
+    dgate_up = x_DM @ dgate_MF, x_DM @ dup_MF
     return dh_MD, Piece(dgate_up, ddown_FD), drstd_M
 
 
