@@ -24,8 +24,8 @@ def keep_memory(environment: Mapping[str, str] = os.environ) -> bool:
 
     On a CPU a step's temporary memory comes from malloc, which gives arrays this large
     back to the system when the step ends, and the next step faults them in again, page
-    by page: up to a third of its time. Kept, they are there. The price is a process
-    up to twice as large, see `tend`.
+    by page: up to a third of its time. Kept, they are there. The price is a larger
+    process, about two and a half times in the benchmark; `tend` bounds it.
 
     To be called before JAX starts its threads, since one heap serves them all. Does
     nothing where there is a GPU to be used, whose memory XLA keeps itself, without
