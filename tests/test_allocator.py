@@ -8,9 +8,9 @@ import sys
 import pytest
 
 # Allocates, fills and frees 256 MB some times, in a thread as JAX does, and says how
-# many pages were faulted in from the second time on, and how much is held.
+# many pages each time faulted in, and how much was held after it.
 PROGRAM = """
-import json, resource, threading, time
+import json, resource, threading
 from jaxllm.train import allocator
 {before}
 import numpy as np

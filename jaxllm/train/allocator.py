@@ -1,6 +1,7 @@
 """glibc's malloc, told to keep what a step frees for the next one."""
 
 import ctypes
+import functools
 import os
 import platform
 from collections.abc import Mapping
@@ -24,8 +25,7 @@ def keep_memory(environment: Mapping[str, str] = os.environ) -> bool:
 
     On a CPU a step's temporary memory comes from malloc, which gives arrays this large
     back to the system when the step ends, and the next step faults them in again, page
-    by page: up to a third of its time. Kept, they are there. The price is a larger
-    process, about two and a half times in the benchmark; `tend` bounds it.
+    by page. Kept, they are there. The price is a larger process, which `tend` bounds.
 
     To be called before JAX starts its threads, since one heap serves them all. Does
     nothing where there is a GPU to be used, whose memory XLA keeps itself, without
@@ -72,6 +72,7 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@functools.cache
 def memory_bytes() -> int:
     """The memory that this process may hold: the machine's, or its control group's."""
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
