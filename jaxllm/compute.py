@@ -49,10 +49,12 @@ class ComputeConfig:
     GPU where act is kept (remat=none). Elsewhere it costs more than it spares: act is
     recomputed in the kernel of its gradients only while those are two arrays, and a CPU
     copies what is joined."""
-    gemm: Literal["auto", "cublas", "triton"] = "auto"
-    """Matrix products on a GPU: cuBLAS alone, which adds them to the residual stream
-    in one go, or XLA's Triton kernels too, the faster of the two; auto is cublas
-    for the fused layer."""
+    gemm: Literal["auto", "cublas", "triton", "onednn", "ynnpack"] = "auto"
+    """Matrix products of training. On a GPU cuBLAS alone, which adds them to the
+    residual stream in one go, or XLA's Triton kernels too, the faster of the two; auto
+    is cublas for the fused layer. On a CPU oneDNN, or what XLA takes by itself
+    (ynnpack); auto is onednn for float32 and a dim of 256 or more where XLA is known to
+    have it. A step with oneDNN cannot be kept in the compile cache."""
     logits_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the logits in training; auto is at least float32. What is done with
     them is computed in at least float32 either way."""
@@ -70,12 +72,15 @@ class ComputeConfig:
         n_layers: int,
         vocab_size: int = 0,
         head_dim: int = 64,
+        dim: int = 0,
         platform: str = "cpu",
         compute_capability: float = 0.0,
+        onednn: bool = False,
     ) -> "ComputeConfig":
         """Replaces every auto by the choice for a device.
 
-        `platform` is "cpu" or "gpu"; `compute_capability` is NVIDIA's (8.0 is Ampere).
+        `platform` is "cpu" or "gpu"; `compute_capability` is NVIDIA's (8.0 is Ampere);
+        `onednn` says whether XLA has oneDNN's products there.
 
         Raises: ValueError for a kernel that the device does not have.
         """
@@ -102,7 +107,13 @@ class ComputeConfig:
         if layer == "auto":
             layer = "fused" if fused else "plain"
         loss = "chunked" if platform == "gpu" else "plain"
-        gemm = "cublas" if layer == "fused" else "triton"
+        gemm = self.gemm
+        if gemm == "auto":
+            gemm = "cublas" if layer == "fused" else "triton"
+            if cpu:
+                single = {compute, self.residual_dtype, self.logits_dtype}
+                single = single <= {"auto", "float32"}
+                gemm = "onednn" if onednn and single and dim >= 256 else "ynnpack"
         remat = self.remat
         if remat == "auto":
             remat = "products" if lean else "none"
@@ -121,7 +132,7 @@ class ComputeConfig:
             embedding=embedding if self.embedding == "auto" else self.embedding,
             remat=remat,
             gate_up=gate_up if self.gate_up == "auto" else self.gate_up,
-            gemm=gemm if self.gemm == "auto" else self.gemm,
+            gemm=gemm,
             logits_dtype=logits if self.logits_dtype == "auto" else self.logits_dtype,
             cross_entropy=loss if self.cross_entropy == "auto" else self.cross_entropy,
             unroll=self.unroll or (1 if cpu and n_layers > 8 else n_layers),

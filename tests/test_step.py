@@ -1,8 +1,6 @@
 """The step: one trace, no transfer, state donated; what is said when memory is full."""
 
 import dataclasses
-import functools
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -108,17 +106,6 @@ def test_advice_knows_what_auto_is():
     for goal, stronger in (("accurate", "products"), ("lean", "layer")):
         said = out_of_memory(error, run(goal=goal))
         assert said is not None and f"--compute.remat {stronger}" in said
-
-
-def test_compiler_options_are_for_versions_that_have_them(monkeypatch):
-    gpu = SimpleNamespace(
-        devices=np.array([SimpleNamespace(platform="gpu")], dtype=object)
-    )
-    options = functools.partial(step_module._compiler_options, mesh=gpu)
-    cublas, triton = ComputeConfig(gemm="cublas"), ComputeConfig(gemm="triton")
-    for version, known in (((0, 11, 2), True), ((0, 12, 0), True), ((0, 13, 0), False)):
-        monkeypatch.setattr(jax, "__version_info__", version)
-        assert bool(options(cublas)) == known and not options(triton)
 
 
 def test_a_step_that_does_not_fit_names_its_own_size():

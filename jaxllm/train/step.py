@@ -20,10 +20,9 @@ from jaxllm.config import ComputeConfig, RunConfig
 from jaxllm.kernels.cross_entropy import cross_entropy
 from jaxllm.model import Transformer
 from jaxllm.train import guard, optim
+from jaxllm.train.compiler import compiler_options, has_onednn
 from jaxllm.train.sharding import batch_sharding, check_divides, shardings
 
-# The first and the last jax whose CUDA plugin is known to have the compiler options.
-FIRST_JAX, LAST_JAX = (0, 10), (0, 12)
 State = dict[str, Any]
 Batch = dict[str, Any]
 
@@ -96,7 +95,7 @@ def build(config: RunConfig, mesh: Mesh, *, total_steps: int) -> Program:
         init=jax.jit(init, out_shardings=layout),
         train_step=jax.jit(
             train_step,
-            compiler_options=_compiler_options(compute, mesh),
+            compiler_options=compiler_options(compute, mesh.devices.flat[0]),
             donate_argnums=0,
             in_shardings=(layout, rows),
             out_shardings=(layout, replicated),
@@ -126,18 +125,6 @@ def to_device(program: Program, batch: Batch, *, parts: int) -> Batch:
     return {name: put(x) for name, x in batch.items()}
 
 
-def _compiler_options(compute: ComputeConfig, mesh) -> dict[str, bool]:
-    """Without Triton's products XLA makes every addition of a product to the residual
-    stream part of the product, in cuBLASLt: 36 of them in 18 layers, either way. An
-    option that XLA does not know is an error: a jax that was never tried goes without.
-    """
-    if mesh.devices.flat[0].platform == "cpu" or compute.gemm == "triton":
-        return {}
-    if not FIRST_JAX <= jax.__version_info__[:2] <= LAST_JAX:
-        return {}
-    return {"xla_gpu_enable_triton_gemm": False}
-
-
 def _precision(compute: ComputeConfig):
     """Where float32 products may use TF32, "highest" forbids it, gradients included."""
     if compute.matmul_precision == "highest":
@@ -152,8 +139,10 @@ def resolve_compute(config: RunConfig, device: Any) -> ComputeConfig:
         n_layers=config.model.n_layers,
         vocab_size=config.model.vocab_size,
         head_dim=config.model.head_dim or 0,
+        dim=config.model.dim,
         platform=device.platform,
         compute_capability=capability,
+        onednn=has_onednn(device),
     )
 
 

@@ -1,0 +1,77 @@
+"""What XLA is told when it compiles the train step, and what it can do where.
+
+Options are passed for versions of jax that were tried: one that XLA does not know is an
+error. A jax that never was goes without them.
+"""
+
+import platform
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxllm.compute import ComputeConfig
+
+# The first and the last jax whose CUDA plugin is known to have the compiler options.
+FIRST_JAX, LAST_JAX = (0, 10), (0, 12)
+
+# The jax whose oneDNN was tried, and what it takes of the processor. With less than
+# AVX-512 it writes beyond its memory (AVX), or stands still (AVX2).
+ONEDNN_JAX = (0, 10)
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+# Each product by itself: what XLA joins for oneDNN beyond that ends the process.
+ONEDNN = {
+    "xla_cpu_use_onednn": True,
+    "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+}
+
+
+def has_onednn(device: Any) -> bool:
+    """Whether XLA multiplies by oneDNN on `device` if it is told to, and was seen to do
+    so without fault: jax 0.10 on Linux, an x86 CPU with AVX-512."""
+    return (
+        device.platform == "cpu"
+        and jax.__version_info__[:2] == ONEDNN_JAX
+        and (sys.platform, platform.machine()) == ("linux", "x86_64")
+        and _processor() >= AVX512
+    )
+
+
+def compiler_options(compute: ComputeConfig, device: Any) -> dict[str, bool | str]:
+    """Options of the train step of a resolved `compute`, for `device`.
+
+    Without Triton's products XLA makes every addition of a product to the residual
+    stream part of the product, in cuBLASLt: 36 of them in 18 layers, either way.
+
+    Raises: ValueError for oneDNN where it is not known to work.
+    """
+    if compute.gemm == "onednn":
+        if not has_onednn(device) or compute.compute_dtype != "float32":
+            raise ValueError(
+                "compute.gemm=onednn takes float32, jax 0.10 on Linux, and an x86 CPU "
+                f"with AVX-512; this is {compute.compute_dtype}, {device.platform}, "
+                f"jax {jax.__version__}, {sys.platform} {platform.machine()}: use auto"
+            )
+        # Nobody can act on it: such a step is compiled anew by every start.
+        warnings.filterwarnings(
+            "ignore", message="Error writing persistent compilation cache.*onednn"
+        )
+        return dict(ONEDNN)
+    if device.platform == "cpu" or compute.gemm != "cublas":
+        return {}
+    if not FIRST_JAX <= jax.__version_info__[:2] <= LAST_JAX:
+        return {}
+    return {"xla_gpu_enable_triton_gemm": False}
+
+
+def _processor(path: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What the processor can do, in Linux's words; empty where that is not told."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    flags = (line.partition(":")[2] for line in lines if line.startswith("flags"))
+    return set(next(flags, "").split())

@@ -1,0 +1,153 @@
+"""What the step is compiled with: chosen by device, dtype, size, and versions tried."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.config import ComputeConfig, ModelConfig, RunConfig, TrainConfig
+from jaxllm.train import compiler
+from jaxllm.train.compiler import compiler_options, has_onednn
+from jaxllm.train.sharding import make_mesh
+from jaxllm.train.step import build, to_device
+
+GPU, CPU = SimpleNamespace(platform="gpu"), SimpleNamespace(platform="cpu")
+SINGLE = ComputeConfig(compute_dtype="float32", gemm="onednn")
+FLAGS = "flags\t\t: fpu avx2 avx512f avx512dq avx512bw avx512vl amx_tile\n"
+here = pytest.mark.skipif(
+    not has_onednn(jax.devices()[0]), reason="XLA is not known to have oneDNN here"
+)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A Linux machine on which oneDNN is known to work; the path of its cpuinfo."""
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\n" + FLAGS)
+    processor = compiler._processor
+    monkeypatch.setattr(compiler, "_processor", lambda: processor(path))
+    monkeypatch.setattr(compiler.sys, "platform", "linux")
+    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    return path
+
+
+@pytest.mark.parametrize(
+    "version, known", [((0, 11, 2), True), ((0, 12, 0), True), ((0, 13, 0), False)]
+)
+def test_a_gpus_options_are_for_versions_that_have_them(monkeypatch, version, known):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert bool(compiler_options(ComputeConfig(gemm="cublas"), GPU)) == known
+    assert not compiler_options(ComputeConfig(gemm="triton"), GPU)
+
+
+def test_onednn_is_where_it_was_tried(machine, monkeypatch):
+    assert has_onednn(CPU) and not has_onednn(GPU)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert not has_onednn(CPU)
+
+
+@pytest.mark.parametrize("name, value", [("sys", "darwin"), ("machine", "aarch64")])
+def test_onednn_is_for_linux_on_x86(machine, monkeypatch, name, value):
+    if name == "sys":
+        monkeypatch.setattr(compiler.sys, "platform", value)
+    else:
+        monkeypatch.setattr(compiler.platform, "machine", lambda: value)
+    assert not has_onednn(CPU)
+
+
+@pytest.mark.parametrize(
+    "text", ["", FLAGS.replace("avx512bw ", ""), FLAGS.replace("avx512", "axv")]
+)
+def test_onednn_takes_the_whole_of_avx512(machine, text):
+    machine.write_text(text)
+    assert not has_onednn(CPU)
+    machine.unlink()
+    assert not has_onednn(CPU)
+
+
+def test_auto_takes_onednn_for_large_float32_products_on_a_cpu():
+    def chosen(*, dim=256, platform="cpu", onednn=True, **given):
+        compute = ComputeConfig(**given)
+        return compute.resolve(
+            n_layers=2, dim=dim, platform=platform, onednn=onednn,
+            compute_capability=9.0,
+        ).gemm  # fmt: skip
+
+    assert chosen() == "onednn"
+    assert chosen(dim=192) == chosen(onednn=False) == "ynnpack"
+    for name in ("compute_dtype", "residual_dtype", "logits_dtype"):
+        assert chosen(**{name: "bfloat16"}) == "ynnpack", name
+    assert chosen(compute_dtype="float64") == "ynnpack"
+    assert chosen(dim=32, gemm="onednn") == "onednn"
+    assert chosen(gemm="ynnpack") == "ynnpack"
+    assert chosen(platform="gpu") == "cublas"
+
+
+def test_onednn_is_refused_where_it_is_not_known_to_work(machine):
+    assert compiler_options(SINGLE, CPU)
+    half = dataclasses.replace(SINGLE, compute_dtype="bfloat16")
+    for compute, device, said in ((half, CPU, "bfloat16"), (SINGLE, GPU, "gpu")):
+        with pytest.raises(ValueError, match=f"compute.gemm=onednn.*{said}.*use auto"):
+            compiler_options(compute, device)
+
+
+def compiled(gemm):
+    """A step of a network that is larger than the smallest that takes oneDNN by itself,
+    with its state after three steps."""
+    config = RunConfig(
+        model=ModelConfig(
+            dim=256, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=500,
+            max_seq_len=80,
+        ),
+        compute=ComputeConfig(gemm=gemm),
+        train=TrainConfig(batch_size=4, accumulate=2),
+    )  # fmt: skip
+    mesh = make_mesh(config.parallel, jax.devices()[:1])
+    program = build(config, mesh, total_steps=9)
+    rng = np.random.default_rng(5)
+    ids = rng.integers(0, 500, (2, 4, 80), dtype=np.int32)
+    batch = {
+        "inputs": ids[0], "targets": ids[1], "loss_mask": np.ones((4, 80), np.int32),
+    }  # fmt: skip
+    batch = to_device(program, batch, parts=2)
+    text = program.train_step.lower(program.abstract_state, batch).compile().as_text()
+    state = program.init()
+    for _ in range(3):
+        state, _ = program.train_step(state, batch)
+    return text, jax.tree.map(np.asarray, state)
+
+
+@here
+def test_the_step_multiplies_by_onednn_and_twice_the_same():
+    (text, first), (_, again) = compiled("auto"), compiled("onednn")
+    assert text.count('"kind":"__onednn_fusion"') > 20
+    for a, b in zip(*map(jax.tree.leaves, (first, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@here
+def test_onednn_and_ynnpack_agree_on_a_step():
+    (_, mine), (text, other) = compiled("onednn"), compiled("ynnpack")
+    assert "__onednn" not in text
+    for a, b in zip(*map(jax.tree.leaves, (mine["opt"], other["opt"])), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+@here
+def test_no_warning_that_a_step_with_onednn_cannot_be_cached(tmp_path, monkeypatch):
+    # Warnings are errors here; jax's own ends the compilation.
+    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
+    before = {f"jax_{name}": jax.config.values[f"jax_{name}"] for name in names}
+    jax.clear_caches()
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        compiled("onednn")
+        kept = {path.name.split("-")[0] for path in tmp_path.iterdir()}
+        assert "jit_init" in kept and "jit_train_step" not in kept
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
