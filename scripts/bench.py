@@ -95,11 +95,15 @@ class Bench:
         write(self.record, self.path)
 
 
-def sides(gpu: bool) -> dict[str, tuple[str, dict[str, Any]]]:
+def sides(bench: Bench) -> dict[str, tuple[str, dict[str, Any]]]:
     """Who competes: name to (worker, its variant). The first is ours."""
     ours: dict[str, tuple[str, dict[str, Any]]] = {"jaxllm": ("ours", {})}
+    if other := bench.args.beside:
+        pairs = [*bench.args.set, *other]
+        compute = command_line.compute_changes("--beside", pairs)
+        ours[f"jaxllm, {' '.join(other)}"] = ("ours", {"compute": compute})
     compiled = {"compiled": True, "sdpa": "default"}
-    if gpu:
+    if bench.gpu:
         return ours | {
             "torch.compile": ("torch", compiled),
             "torch.compile, flash": ("torch", compiled | {"sdpa": "flash"}),
@@ -116,7 +120,7 @@ def compare(bench: Bench) -> None:
     """Finds each side's best batch, then lets the sides take turns at it."""
     best: dict[str, dict[str, Any]] = {}
     bench.record["sweep"] = []
-    for name, (side, variant) in sides(bench.gpu).items():
+    for name, (side, variant) in sides(bench).items():
         sweep(bench, name, side, variant, best)
         bench.save()
     if "jaxllm" not in best or len(best) < 2:
@@ -159,7 +163,7 @@ def turns_alive(bench: Bench, best: dict[str, dict[str, Any]]) -> None:
     workers: dict[str, Worker] = {}
     try:
         for name, entry in list(best.items()):
-            side, variant = sides(bench.gpu)[name]
+            side, variant = sides(bench)[name]
             try:
                 workers[name] = bench.start(side, **variant)
                 built = workers[name].ask("build", 900, batch=entry["batch"])
@@ -191,7 +195,7 @@ def turns_restarting(bench: Bench, best: dict[str, dict[str, Any]]) -> None:
         if number and bench.left_s() < 120:
             break
         for name in list(best):
-            side, variant = sides(bench.gpu)[name]
+            side, variant = sides(bench)[name]
             try:
                 with bench.start(side, **variant) as worker:
                     batch = best[name]["batch"]
@@ -317,6 +321,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=0, help="CPUs to use; 0 (default): all")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE",
         help="change jaxllm's compute configuration, such as layer=plain")  # fmt: skip
+    add("--beside", nargs="+", default=[], metavar="NAME=VALUE",
+        help="let jaxllm with this change take turns too, in its own row")  # fmt: skip
     add("--jobs", nargs="+", choices=JOBS, help="only these jobs of --probe")
     add("--megabytes", type=int, default=400, help="corpus that --data makes (400)")
     add("--budget_s", type=float, default=1800.0,
@@ -350,9 +356,10 @@ def execute(args: argparse.Namespace) -> int:
     gpu = not args.cpu and has_gpu()
     args.shape = args.shape or ("A" if gpu else "small")
     args.batches = args.batches or list(BATCHES[args.shape][0 if gpu else 1])
-    compute = command_line.compute_changes("--set", args.set)
-    for batch in args.batches:
-        run_config(args.shape, batch, compute=compute)
+    for flag, pairs in (("--set", args.set), ("--beside", args.set + args.beside)):
+        compute = command_line.compute_changes(flag, pairs)
+        for batch in args.batches:
+            run_config(args.shape, batch, compute=compute)
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"the machine is busy (load {load:.1f}): figures will be worse, and less")

@@ -22,6 +22,7 @@ from bench_common import (  # isort: skip
     token_ids,
 )
 from bench_probe import PASSES, Item, measure, products, timed  # isort: skip
+from jaxllm.train.compiler import compiler_options  # isort: skip
 from jaxllm.train.step import resolve_compute  # isort: skip
 
 
@@ -63,7 +64,10 @@ class Ours:
         yield "jax", run
 
     def matmul(self) -> Iterator[Item]:
-        """Each product of the step, forward and both gradients."""
+        """Each product of the step, forward and both gradients, by what it takes."""
+        device = jax.devices()[0]
+        chosen = resolve_compute(run_config(self.shape, self.batch), device)
+        options = compiler_options(chosen, device)
         for name, (i, o) in products(self.shape).items():
             operands = {"MI": (self.tokens, i), "IO": (i, o), "MO": (self.tokens, o)}
             for label, (form, _) in PASSES.items():
@@ -73,7 +77,9 @@ class Ours:
                         self.random(*operands[term], seed=number)
                         for number, term in enumerate(form.split("->")[0].split(","))
                     )
-                    product = jax.jit(functools.partial(jnp.einsum, form))
+                    product = jax.jit(
+                        functools.partial(jnp.einsum, form), compiler_options=options
+                    )
                     flops = 2.0 * self.tokens * i * o
                     return timed(lambda: product(a, b), self.wait, flops)
 
@@ -154,7 +160,8 @@ class Ours:
         """The train step as chosen, scanned, unrolled, and with other choices."""
         variants: list[dict[str, Any]] = [
             {}, {"unroll": 1}, {"goal": "lean"}, {"residual_dtype": "bfloat16"},
-            {"remat": "products"}, {"layer": "plain"}, {"gemm": "triton"},
+            {"remat": "products"}, {"layer": "plain"},
+            {"gemm": "triton" if self.gpu else "ynnpack"},
             {"loss_chunk": 8192}, {"loss_chunk": 16384}, {"cross_entropy": "plain"},
             {"cross_entropy": "chunked"}, {"layer": "fused"},
             {"unroll": self.model.n_layers},

@@ -239,6 +239,8 @@ def test_an_error_is_an_answer(tmp_path, monkeypatch):
         (["--compare", "--set", "layer"], ["--set layer", "NAME=VALUE"]),
         (["--compare", "--set", "colour=red"], ["--set colour=red", "layer"]),
         (["--compare", "--set", "layer=red"], ["compute.layer='red'", "fused"]),
+        (["--compare", "--beside", "layer=red"], ["compute.layer='red'", "fused"]),
+        (["--compare", "--beside", "gold=1"], ["--beside gold=1", "layer"]),
         (["--compare", "--batches", "0"], ["batch_size=0", ">= 1"]),
     ],
 )
@@ -253,6 +255,16 @@ def test_bad_flags_are_one_line(capsys, argv):
     with pytest.raises(SystemExit, match="2"):
         bench.main(argv)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_another_form_of_ours_takes_turns_beside_the_first():
+    args = argparse.Namespace(set=["layer=plain"], beside=["unroll=1", "gemm=triton"])
+    found = bench.sides(argparse.Namespace(args=args, gpu=False))  # type: ignore
+    (first, beside), names = list(found.values())[:2], list(found)
+    assert names[:3] == ["jaxllm", "jaxllm, unroll=1 gemm=triton", "torch eager"]
+    assert first == ("ours", {})
+    changes = {"layer": "plain", "unroll": 1, "gemm": "triton"}
+    assert beside == ("ours", {"compute": changes})
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,7 +70,7 @@ def test_onednn_takes_the_whole_of_avx512(machine, text):
 
 
 def test_auto_takes_onednn_for_large_float32_products_on_a_cpu():
-    def chosen(*, dim=256, platform="cpu", onednn=True, **given):
+    def chosen(*, dim=256, platform="cpu", onednn=True, **given: Any):
         compute = ComputeConfig(**given)
         return compute.resolve(
             n_layers=2, dim=dim, platform=platform, onednn=onednn,
@@ -79,7 +80,8 @@ def test_auto_takes_onednn_for_large_float32_products_on_a_cpu():
     assert chosen() == "onednn"
     assert chosen(dim=192) == chosen(onednn=False) == "ynnpack"
     for name in ("compute_dtype", "residual_dtype", "logits_dtype"):
-        assert chosen(**{name: "bfloat16"}) == "ynnpack", name
+        narrow: Any = {name: "bfloat16"}
+        assert chosen(**narrow) == "ynnpack", name
     assert chosen(compute_dtype="float64") == "ynnpack"
     assert chosen(dim=32, gemm="onednn") == "onednn"
     assert chosen(gemm="ynnpack") == "ynnpack"
