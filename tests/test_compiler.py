@@ -32,6 +32,8 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(compiler.sys, "platform", "linux")
     monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    for name in compiler.ONEDNN_LIMITS:
+        monkeypatch.delenv(name, raising=False)
     return path
 
 
@@ -66,6 +68,12 @@ def test_onednn_takes_the_whole_of_avx512(machine, text):
     machine.write_text(text)
     assert not has_onednn(CPU)
     machine.unlink()
+    assert not has_onednn(CPU)
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_onednn_is_not_taken_where_it_is_kept_from_avx512(machine, monkeypatch, name):
+    monkeypatch.setenv(name, "AVX2")
     assert not has_onednn(CPU)
 
 

@@ -4,6 +4,7 @@ Options are passed for versions of jax that were tried: one that XLA does not kn
 error. A jax that never was goes without them.
 """
 
+import os
 import platform
 import sys
 import warnings
@@ -21,6 +22,7 @@ FIRST_JAX, LAST_JAX = (0, 10), (0, 12)
 # AVX-512 it writes beyond its memory (AVX), or stands still (AVX2).
 ONEDNN_JAX = (0, 10)
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 # Each product by itself: what XLA joins for oneDNN beyond that ends the process.
 ONEDNN = {
@@ -31,9 +33,11 @@ ONEDNN = {
 
 def has_onednn(device: Any) -> bool:
     """Whether XLA multiplies by oneDNN on `device` if it is told to, and was seen to do
-    so without fault: jax 0.10 on Linux, an x86 CPU with AVX-512."""
+    so without fault: jax 0.10 on Linux, an x86 CPU with AVX-512, none of it forbidden
+    by oneDNN's variables."""
     return (
         device.platform == "cpu"
+        and not any(name in os.environ for name in ONEDNN_LIMITS)
         and jax.__version_info__[:2] == ONEDNN_JAX
         and (sys.platform, platform.machine()) == ("linux", "x86_64")
         and _processor() >= AVX512
