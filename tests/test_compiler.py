@@ -1,10 +1,12 @@
 """What the step is compiled with: chosen by device, dtype, size, and versions tried."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -161,3 +163,33 @@ def test_no_warning_that_a_step_with_onednn_cannot_be_cached(tmp_path, monkeypat
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+@here
+@pytest.mark.parametrize("seed", range(4))
+def test_onednn_multiplies_right_whatever_the_shape(seed):
+    """Odd sizes, ones, up to two batch axes, either operand transposed."""
+    rng = np.random.default_rng(seed)
+    taken = 0
+    for _ in range(20):
+        m, k, n = rng.choice([1, 2, 3, 7, 16, 31, 64, 100, 257], 3).tolist()
+        batch = tuple(rng.integers(1, 4, rng.integers(0, 3)).tolist())
+        (swap_a, swap_b), axes = (
+            rng.integers(0, 2, 2).tolist(),
+            tuple(range(len(batch))),
+        )
+        a = rng.normal(size=(*batch, *((k, m) if swap_a else (m, k))))
+        b = rng.normal(size=(*batch, *((n, k) if swap_b else (k, n))))
+        contracted = ((len(axes) + 1 - swap_a,), (len(axes) + swap_b,))
+        product = functools.partial(
+            jax.lax.dot_general, dimension_numbers=(contracted, (axes, axes))
+        )
+        a32, b32 = (jnp.asarray(x, jnp.float32) for x in (a, b))
+        call = jax.jit(product, compiler_options=compiler.ONEDNN)
+        taken += "__onednn" in str(call.lower(a32, b32).compile().as_text())
+        truth = (a.swapaxes(-1, -2) if swap_a else a) @ (
+            b.swapaxes(-1, -2) if swap_b else b
+        )
+        # A sum of k rounded products, none larger than about 16.
+        np.testing.assert_allclose(call(a32, b32), truth, atol=2e-5 * k**0.5, rtol=1e-5)
+    assert taken > 8
