@@ -320,7 +320,6 @@ def test_probes_run_from_a_bare_checkout(bare, tmp_path, jobs):
     assert {item["job"] for item in made["items"]} == set(jobs)
 
 
-@pytest.mark.slow
 def test_every_part_of_the_step_can_be_taken_out(bare, tmp_path):
     path = tmp_path / "record.json"
     done = _bench("--probe", "--cpu", "--shape", "tiny", "--threads", "1", "--jobs",
