@@ -111,9 +111,9 @@ class ComputeConfig:
         if gemm == "auto":
             gemm = "cublas" if layer == "fused" else "triton"
             if cpu:
-                single = {compute, self.residual_dtype, self.logits_dtype}
-                single = single <= {"auto", "float32"}
-                gemm = "onednn" if onednn and single and dim >= 256 else "ynnpack"
+                dtypes = {compute, self.residual_dtype, self.logits_dtype}
+                large = dim >= 256 and dtypes <= {"auto", "float32"}
+                gemm = "onednn" if onednn and large else "ynnpack"
         remat = self.remat
         if remat == "auto":
             remat = "products" if lean else "none"
