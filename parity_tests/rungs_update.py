@@ -176,11 +176,14 @@ def skipped(precision: Precision, seed: int) -> Pairs:
             pairs[f"{name}: step"] = (state["step"], 5)
             pairs[f"{name}: count"] = (state["opt"]["count"], int(not is_bad))
             pairs[f"{name}: tokens"] = (metrics["tokens"], batch["loss_mask"].sum())
-            for part, tree in (("params", before), ("m", state["opt"]["m"])):
-                leaves = jax.tree.leaves(tree)
-                now = jax.tree.leaves(state["params"]) if part == "params" else leaves
-                then = leaves if part == "params" else [np.zeros_like(x) for x in now]
-                moved = [not _equal(a, b) for a, b in zip(now, then, strict=True)]
+            opt, zeros = state["opt"], ours_optim.init(before)
+            for part, now, then in (
+                ("params", state["params"], before),
+                ("m", opt["m"], zeros["m"]),
+                ("v", opt["v"], zeros["v"]),
+            ):
+                both = jax.tree.leaves(now), jax.tree.leaves(then)
+                moved = [not _equal(a, b) for a, b in zip(*both, strict=True)]
                 expected = [not is_bad] * len(moved)
                 pairs[f"{name}: {part} moved"] = (moved, expected)
     return pairs

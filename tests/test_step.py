@@ -1,6 +1,7 @@
 """The step: one trace, no transfer, state donated; what is said when memory is full."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -33,6 +34,20 @@ def host_batch(seed: int) -> dict:
         "targets": ids[1],
         "loss_mask": np.ones((8, 16), np.int32),
     }
+
+
+def test_a_cpus_step_copies_no_moments():
+    """XLA would, if the weights were computed from the moments before the step."""
+    config = run()
+    program = build(
+        config, make_mesh(config.parallel, jax.devices()[:1]), total_steps=9
+    )
+    batch = to_device(program, host_batch(0), parts=1)
+    text = program.train_step.lower(program.abstract_state, batch).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    state = r"%state__opt____[mv]__"
+    assert len(re.findall(rf"{state}\S+ = \S+ parameter\(", entry)) == 22, "not it"
+    assert not re.findall(rf"\S+ = \S+ copy\({state}\S+", entry)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

@@ -160,12 +160,8 @@ def _attend_bwd(q_BKMH, k_BKSH, v_BKSH, block, dout_BKMH):
     dscores_BKMS = weights_BKMS * (dweights_BKMS - along_BKM1)
     dscores_BKMS = dscores_BKMS.astype(k_BKSH.dtype)
     dq_BKMH = _product(dscores_BKMS, k_BKSH, 3, 2)
-    # XLA's own form of these two products, over the rows of both, takes longer.
-    q_BKHM, dout_BKHM = jax.lax.optimization_barrier(
-        tuple(jnp.swapaxes(x, 2, 3) for x in (q_BKMH, dout_BKMH))
-    )
-    dk_BKHS = _product(q_BKHM, dscores_BKMS, 3, 2)
-    dv_BKHS = _product(dout_BKHM, weights_BKMS, 3, 2)
+    dk_BKHS = _product(q_BKMH, dscores_BKMS, 2, 2)
+    dv_BKHS = _product(dout_BKMH, weights_BKMS, 2, 2)
     return dq_BKMH, dk_BKHS, dv_BKHS
 
 

@@ -56,13 +56,20 @@ def init(params: dict) -> dict:
 
 
 def update(
-    optim: OptimConfig, params: dict, grads: dict, opt: dict, lr: jax.Array, clip
+    optim: OptimConfig,
+    params: dict,
+    grads: dict,
+    opt: dict,
+    lr: jax.Array,
+    clip: jax.Array,
+    good: jax.Array | bool = True,
 ) -> tuple[dict, dict]:
     """One update of Adam, or of AdamW, by gradients scaled with `clip`.
 
     Adam (Kingma and Ba, 2015) in the order of torch.optim: eps is added to the root of
     the bias-corrected second moment. AdamW (Loshchilov and Hutter, 2019) first shrinks
-    matrices by 1 - lr * weight_decay. Computes in the parameters' dtype.
+    matrices by 1 - lr * weight_decay. Computes in the parameters' dtype. Where `good`
+    (bool []) is false all stays as it was, whatever the gradients are.
     """
     count = opt["count"] + 1
     bias1 = _bias_correction(optim.beta1, count)
@@ -70,18 +77,24 @@ def update(
 
     def leaf(path, p, g, m, v):
         g = g.astype(p.dtype) * clip.astype(p.dtype)
-        m = optim.beta1 * m + (1 - optim.beta1) * g
-        v = optim.beta2 * v + (1 - optim.beta2) * g * g
+        new_m = optim.beta1 * m + (1 - optim.beta1) * g
+        new_v = optim.beta2 * v + (1 - optim.beta2) * g * g
+        # The weights come from the moments as they are kept: a CPU's XLA, which has a
+        # kernel for each of the three, else computes them from the old ones, and copies
+        # those first, since the new ones take their place (16 bytes a weight).
+        m, v = jnp.where(good, new_m, m), jnp.where(good, new_v, v)
+        start = p
         if optim.algorithm == "adamw" and decays(path):
-            p = p * (1 - lr * optim.weight_decay).astype(p.dtype)
+            start = p * (1 - lr * optim.weight_decay).astype(p.dtype)
         denominator = jnp.sqrt(v) / root_bias2.astype(p.dtype) + optim.eps
-        p = p - (lr / bias1).astype(p.dtype) * m / denominator
-        return p, m, v
+        end = start - (lr / bias1).astype(p.dtype) * m / denominator
+        return jnp.where(good, end, p), m, v
 
     moved = jax.tree_util.tree_map_with_path(leaf, params, grads, opt["m"], opt["v"])
     params, m, v = jax.tree.transpose(
         jax.tree.structure(params), jax.tree.structure((0, 0, 0)), moved
     )
+    count = jnp.where(good, count, opt["count"])
     return params, {"count": count, "m": m, "v": v}
 
 

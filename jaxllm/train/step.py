@@ -163,15 +163,12 @@ def update_state(
 def _apply(
     config: RunConfig, state: State, batch: Batch, loss, grads, *, total_steps: int
 ) -> tuple[State, dict[str, jax.Array]]:
-    """Clip, Adam, and the choice between the new state and the old one."""
+    """Clip, the judgement whether the step is good, and Adam if so."""
     step = state["step"]
     norm = optim.global_norm(grads)
     clip = optim.clip_coefficient(config.optim, norm)
     lr = optim.learning_rate(
         config.optim, step, total_steps=total_steps, accumulate=config.train.accumulate
-    )
-    params, opt = optim.update(
-        config.optim, state["params"], grads, state["opt"], lr, clip
     )
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     guarded, bounds = {}, {}
@@ -182,10 +179,8 @@ def _apply(
         good &= kept
         guarded = {"guard": after}
         bounds = {"loss_bound": loss_bound, "grad_norm_bound": norm_bound}
-    params, opt = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old),
-        (params, opt),
-        (state["params"], state["opt"]),
+    params, opt = optim.update(
+        config.optim, state["params"], grads, state["opt"], lr, clip, good
     )
     metrics = {
         "loss": loss,
