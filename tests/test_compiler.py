@@ -17,7 +17,10 @@ from jaxllm.train.sharding import make_mesh
 from jaxllm.train.step import build, to_device
 
 GPU, CPU = SimpleNamespace(platform="gpu"), SimpleNamespace(platform="cpu")
-SINGLE = ComputeConfig(compute_dtype="float32", gemm="onednn")
+SINGLE = ComputeConfig(
+    compute_dtype="float32", residual_dtype="float32", logits_dtype="float32",
+    gemm="onednn",
+)  # fmt: skip
 FLAGS = "flags\t\t: fpu avx2 avx512f avx512dq avx512bw avx512vl amx_tile\n"
 here = pytest.mark.skipif(
     not has_onednn(jax.devices()[0]), reason="XLA is not known to have oneDNN here"
@@ -100,8 +103,11 @@ def test_auto_takes_onednn_for_large_float32_products_on_a_cpu():
 
 def test_onednn_is_refused_where_it_is_not_known_to_work(machine):
     assert compiler_options(SINGLE, CPU)
-    half = dataclasses.replace(SINGLE, compute_dtype="bfloat16")
-    for compute, device, said in ((half, CPU, "bfloat16"), (SINGLE, GPU, "gpu")):
+    cases: list[Any] = [(SINGLE, GPU, "gpu")]
+    for name in ("compute_dtype", "residual_dtype", "logits_dtype"):
+        half: Any = {name: "bfloat16"}
+        cases.append((dataclasses.replace(SINGLE, **half), CPU, f"{name}=bfloat16"))
+    for compute, device, said in cases:
         with pytest.raises(ValueError, match=f"compute.gemm=onednn.*{said}.*use auto"):
             compiler_options(compute, device)
 

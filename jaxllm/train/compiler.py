@@ -53,10 +53,13 @@ def compiler_options(compute: ComputeConfig, device: Any) -> dict[str, bool | st
     Raises: ValueError for oneDNN where it is not known to work.
     """
     if compute.gemm == "onednn":
-        if not has_onednn(device) or compute.compute_dtype != "float32":
+        names = ("compute_dtype", "residual_dtype", "logits_dtype")
+        dtypes = {name: getattr(compute, name) for name in names}
+        if not has_onednn(device) or set(dtypes.values()) != {"float32"}:
+            these = ", ".join(f"{name}={dtype}" for name, dtype in dtypes.items())
             raise ValueError(
                 "compute.gemm=onednn takes float32, jax 0.10 on Linux, and an x86 CPU "
-                f"with AVX-512; this is {compute.compute_dtype}, {device.platform}, "
+                f"with AVX-512; this is {these}, {device.platform}, "
                 f"jax {jax.__version__}, {sys.platform} {platform.machine()}: use auto"
             )
         # Nobody can act on it: such a step is compiled anew by every start.
