@@ -24,7 +24,7 @@ import bench_data  # isort: skip
 import command_line  # isort: skip
 from bench_common import BATCHES, SHAPES, median, run_config  # isort: skip
 from bench_probe import JOBS  # isort: skip
-from bench_process import Failed, Worker, environment, has_gpu  # isort: skip
+from bench_process import Failed, Worker, environment, gpu_to_use  # isort: skip
 from bench_record import (  # isort: skip
     RECORDS,
     new_record,
@@ -41,7 +41,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, kind: str, caches: Path):
         self.args, self.began = args, time.perf_counter()
-        self.gpu = not args.cpu and has_gpu()
+        self.gpu = not args.cpu and gpu_to_use()
         self.path = Path(args.json) if args.json else None
         self.record = new_record(kind, sys.argv[1:], args.shape)
         self.record |= {
@@ -353,7 +353,7 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     if args.data:
         return data(args)
-    gpu = not args.cpu and has_gpu()
+    gpu = not args.cpu and gpu_to_use()
     args.shape = args.shape or ("A" if gpu else "small")
     args.batches = args.batches or list(BATCHES[args.shape][0 if gpu else 1])
     for flag, pairs in (("--set", args.set), ("--beside", args.set + args.beside)):

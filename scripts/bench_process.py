@@ -12,6 +12,7 @@ from typing import Any
 
 from bench_common import MARK  # isort: skip
 from bench_record import nvidia_smi  # isort: skip
+from jaxllm.train.gpus import count_gpus, has_gpu  # isort: skip
 
 HERE = Path(__file__).resolve().parent
 
@@ -82,11 +83,13 @@ class Worker:
                 stream.close()
 
 
-def has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU to be used, without taking hold of it."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    there = any(Path("/dev").glob("nvidia[0-9]*")) or nvidia_smi("name") is not None
-    return there and not hidden
+def gpu_to_use() -> bool:
+    """Whether there is an NVIDIA GPU to be used; the driver is asked where there are no
+    device files (WSL)."""
+    if has_gpu():
+        return True
+    shown = "CUDA_VISIBLE_DEVICES" not in os.environ or count_gpus() > 0
+    return shown and nvidia_smi("name") is not None
 
 
 def environment(gpu: bool, caches: Path) -> dict[str, str]:

@@ -113,15 +113,10 @@ def test_who_tunes_malloc_is_left_alone(perform, environment):
 
 
 def test_a_process_for_a_gpu_is_left_alone(monkeypatch, tmp_path):
-    from jaxllm.train import allocator
+    from jaxllm.train import allocator, gpus
 
-    assert not allocator._has_gpu({"JAX_PLATFORMS": "cpu"})
-    assert not allocator._has_gpu({"CUDA_VISIBLE_DEVICES": ""})
+    monkeypatch.setattr(gpus, "DEV", tmp_path)
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(
-        allocator, "Path", lambda *parts: tmp_path if parts == ("/dev",) else None
-    )
-    assert allocator._has_gpu({})
     assert not allocator.keep_memory({})
 
 

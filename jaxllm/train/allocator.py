@@ -7,6 +7,8 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxllm.train.gpus import has_gpu
+
 # glibc's malloc.h, and Linux's mman.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 MADV_HUGEPAGE = 14
@@ -32,7 +34,7 @@ def keep_memory(environment: Mapping[str, str] = os.environ) -> bool:
     glibc, or where the user tunes malloc (GLIBC_TUNABLES, MALLOC_*).
     """
     tuned = any(n == "GLIBC_TUNABLES" or n.startswith("MALLOC_") for n in environment)
-    if tuned or platform.libc_ver()[0] != "glibc" or _has_gpu(environment):
+    if tuned or platform.libc_ver()[0] != "glibc" or has_gpu(environment):
         return False
     libc = ctypes.CDLL(None)
     kept = _tune(
@@ -120,11 +122,3 @@ def _counts_promises() -> bool:
         return OVERCOMMIT.read_text().strip() == "2"
     except OSError:
         return True
-
-
-def _has_gpu(environment: Mapping[str, str]) -> bool:
-    if environment.get("JAX_PLATFORMS", "").lower() == "cpu":
-        return False
-    if environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    return any(Path("/dev").glob("nvidia[0-9]*"))

@@ -6,7 +6,6 @@ and say in the environment which start is which. JAX reads some of them by itsel
 """
 
 import contextlib
-import glob
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 
 from jaxllm.parallel import DistributedConfig
+from jaxllm.train.gpus import count_gpus
 from jaxllm.train.processes import one_line
 
 FAILED = "jaxllm/failed"
@@ -55,7 +55,7 @@ def find(
 
     Raises: ValueError naming what is missing.
     """
-    n_gpus = _count_gpus(env) if n_gpus is None else n_gpus
+    n_gpus = count_gpus(env) if n_gpus is None else n_gpus
     slurm = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_NTASKS"}
     coordinator = given.coordinator or env.get("JAX_COORDINATOR_ADDRESS") or None
     count = given.num_processes or _int(env, "JAX_NUM_PROCESSES")
@@ -113,12 +113,6 @@ def _devices(n_gpus: int, alone: bool, local: int | None) -> list[int] | None:
     if n_gpus and (alone or n_gpus == 1):
         return list(range(n_gpus))
     return None if local is None else [local]
-
-
-def _count_gpus(env: Mapping[str, str]) -> int:
-    if (shown := env.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([name for name in shown.split(",") if name.strip()])
-    return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def _can_ask_kubernetes() -> bool:
