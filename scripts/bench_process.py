@@ -88,8 +88,8 @@ def gpu_to_use() -> bool:
     device files (WSL)."""
     if has_gpu():
         return True
-    shown = "CUDA_VISIBLE_DEVICES" not in os.environ or count_gpus() > 0
-    return shown and nvidia_smi("name") is not None
+    may = count_gpus({"CUDA_VISIBLE_DEVICES": "0", **os.environ}) > 0
+    return may and nvidia_smi("name") is not None
 
 
 def environment(gpu: bool, caches: Path) -> dict[str, str]:

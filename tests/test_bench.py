@@ -333,3 +333,26 @@ def test_every_part_of_the_step_can_be_taken_out(bare, tmp_path):
     assert items["without attention"]["first_loss"] != whole
     assert items["without loss"]["first_loss"] < 1.0
     assert items["without optimizer"]["first_loss"] == whole
+
+
+@pytest.mark.parametrize(
+    ("environment", "used"),
+    [
+        ({}, True),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, True),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, False),
+        ({"JAX_PLATFORMS": "cpu"}, False),
+    ],
+)
+def test_the_driver_is_asked_where_there_are_no_device_files(
+    monkeypatch, environment, used
+):
+    for name in ("CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(process, "has_gpu", lambda: False)
+    monkeypatch.setattr(process, "nvidia_smi", lambda field: "NVIDIA something")
+    assert process.gpu_to_use() == used
+    monkeypatch.setattr(process, "nvidia_smi", lambda field: None)
+    assert not process.gpu_to_use()

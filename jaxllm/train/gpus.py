@@ -15,15 +15,15 @@ def count_gpus(environment: Mapping[str, str] = os.environ) -> int:
         return 0
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     if shown is None:
-        return _machines()
+        return _device_files()
     names = (name.strip() for name in shown.split(","))
     return len(list(itertools.takewhile(lambda name: name not in ("", "-1"), names)))
 
 
 def has_gpu(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether one of those is there. Not seen: GPUs without a device file (WSL)."""
-    return _machines() > 0 and count_gpus(environment) > 0
+    return _device_files() > 0 and count_gpus(environment) > 0
 
 
-def _machines() -> int:
+def _device_files() -> int:
     return len(list(DEV.glob("nvidia[0-9]*")))
