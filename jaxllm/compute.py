@@ -49,12 +49,13 @@ class ComputeConfig:
     GPU where act is kept (remat=none). Elsewhere it costs more than it spares: act is
     recomputed in the kernel of its gradients only while those are two arrays, and a CPU
     copies what is joined."""
-    gemm: Literal["auto", "cublas", "triton", "onednn", "ynnpack"] = "auto"
+    gemm: Literal["auto", "cublas", "triton", "native", "onednn", "ynnpack"] = "auto"
     """Matrix products of training. On a GPU cuBLAS alone, which adds them to the
     residual stream in one go, or XLA's Triton kernels too, the faster of the two; auto
-    is cublas for the fused layer. On a CPU oneDNN, or what XLA takes by itself
-    (ynnpack); auto is onednn for float32 and a dim of 256 or more where XLA is known to
-    have it. A step with oneDNN cannot be kept in the compile cache."""
+    is cublas for the fused layer. On a CPU our own, which GCC compiles there (native),
+    oneDNN, or what XLA takes by itself (ynnpack); auto is the first of these that there
+    is, for float32 and a dim of 256 or more: native for the fused layer on one device,
+    onednn where XLA is known to have it."""
     logits_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the logits in training; auto is at least float32. What is done with
     them is computed in at least float32 either way."""
@@ -76,11 +77,12 @@ class ComputeConfig:
         platform: str = "cpu",
         compute_capability: float = 0.0,
         onednn: bool = False,
+        native: bool = False,
     ) -> "ComputeConfig":
         """Replaces every auto by the choice for a device.
 
         `platform` is "cpu" or "gpu"; `compute_capability` is NVIDIA's (8.0 is Ampere);
-        `onednn` says whether XLA has oneDNN's products there.
+        `native` and `onednn` say whether there are such products there.
 
         Raises: ValueError for a kernel that the device does not have.
         """
@@ -113,7 +115,10 @@ class ComputeConfig:
             if cpu:
                 dtypes = {compute, self.residual_dtype, self.logits_dtype}
                 large = dim >= 256 and dtypes <= {"auto", "float32"}
-                gemm = "onednn" if onednn and large else "ynnpack"
+                fitting = "native" if native and layer == "fused" else "onednn"
+                if not large or (fitting == "onednn" and not onednn):
+                    fitting = "ynnpack"
+                gemm = fitting
         remat = self.remat
         if remat == "auto":
             remat = "products" if lean else "none"

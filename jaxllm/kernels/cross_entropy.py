@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.kernels.per_device import P, axes, per_device, size
+from jaxllm.kernels.product import times_transposed
 
 
 def cross_entropy(
@@ -27,6 +28,7 @@ def cross_entropy(
     implementation: str = "plain",
     chunk: int = 4096,
     dtype: str | None = None,
+    ours: bool = False,
 ) -> jax.Array:
     """Sums the negative log-likelihood of the targets, in nats, over unmasked tokens.
 
@@ -34,9 +36,10 @@ def cross_entropy(
     like the log-sum-exp and the sum, in at least float32, which the result has. They
     are rounded to `dtype` if it is given, and their gradient to h_MD's dtype.
     `head_VD` may be wider than h_MD: it is cast here, and its gradient keeps its dtype.
+    `ours` lets the plain form multiply by gemm.c, for float32 on one CPU.
     """
     if implementation == "plain":
-        return _plain(h_MD, head_VD, targets_M, loss_mask_M, dtype)
+        return _plain(h_MD, head_VD, targets_M, loss_mask_M, dtype, ours)
     assert implementation == "chunked", implementation
     return _chunked((chunk, dtype), h_MD, head_VD, targets_M, loss_mask_M)
 
@@ -54,8 +57,11 @@ def logits(h_D: jax.Array, head_VD: jax.Array, dtype: str | None = None) -> jax.
     return scores.astype(stat)
 
 
-def _plain(h_MD, head_VD, targets_M, loss_mask_M, dtype):
-    logits_MV = logits(h_MD, head_VD, dtype)
+def _plain(h_MD, head_VD, targets_M, loss_mask_M, dtype, ours):
+    if ours:
+        logits_MV = times_transposed(h_MD, head_VD)
+    else:
+        logits_MV = logits(h_MD, head_VD, dtype)
     lse_M = jax.nn.logsumexp(logits_MV, axis=-1)
     picked_M = jnp.take_along_axis(logits_MV, targets_M[:, None], axis=-1)[:, 0]
     return jnp.sum((lse_M - picked_M) * loss_mask_M.astype(logits_MV.dtype))

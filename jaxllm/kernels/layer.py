@@ -34,6 +34,7 @@ from jaxllm.kernels.attention import attention
 from jaxllm.kernels.fold import Piece, Weights, fold
 from jaxllm.kernels.heads import join, split
 from jaxllm.kernels.per_device import HEADS
+from jaxllm.kernels.product import product
 
 PIECES = 2
 """Of the fullest layer's feed-forward: half of dact, act, dgate and dup at a time is 11
@@ -49,6 +50,8 @@ class Static(NamedTuple):
     attention: str
     keep_act: bool = False
     """Keep act = silu(gate) * up for the backward pass instead of recomputing it."""
+    ours: bool = False
+    """Multiply by gemm.c, for float32 on one CPU."""
 
 
 def fused_layer(
@@ -69,6 +72,7 @@ def fused_layer(
         config.norm_eps,
         compute.attention,
         keep_act=compute.remat == "none",
+        ours=compute.gemm == "native",
     )
     weights = fold(
         layer,
@@ -94,22 +98,23 @@ def _forward(static, h_BTD, weights, freqs_cos, freqs_sin):
     h_MD = h_BTD.reshape(-1, d)
     x_MD = _narrow(h_MD, dtype)
     rstd_M = _rstd(h_MD, static.eps)
-    qkv_BTJ = (x_MD @ weights.qkv_DJ).reshape(b, t, -1)
+    multiply = functools.partial(product, ours=static.ours)
+    qkv_BTJ = multiply("nn", x_MD, weights.qkv_DJ).reshape(b, t, -1)
     heads = static.n_heads, static.n_kv_heads
     q, k, v = split(*heads, qkv_BTJ, rstd_M.reshape(b, t), freqs_cos, freqs_sin)
     out_BTNH, attention_vjp = jax.vjp(
         functools.partial(attention, implementation=static.attention), q, k, v
     )
     out_ME = out_BTNH.reshape(b * t, -1)
-    h_MD = _add_product(h_MD, "ME,ED->MD", out_ME, weights.out_D)
+    h_MD = multiply("nn", out_ME, weights.out_D, h_MD)
 
     x_mid_MD = _narrow(h_MD, dtype)
     rstd_mid_M = _rstd(h_MD, static.eps)
     kept = []
     for piece in weights.mlp:
-        gate_up = _gate_up(x_mid_MD, piece.gate_up)
+        gate_up = _gate_up(multiply, x_mid_MD, piece.gate_up)
         act_MF = _swiglu(gate_up, rstd_mid_M)
-        h_MD = _add_product(h_MD, "MF,FD->MD", act_MF, piece.down_FD)
+        h_MD = multiply("nn", act_MF, piece.down_FD, h_MD)
         kept.append((gate_up, act_MF if static.keep_act else None))
 
     attention_residuals = (x_MD, rstd_M, attention_vjp, out_ME)
@@ -126,20 +131,21 @@ def _backward(static, residuals, dh_BTD):
     # two casts.
     dh_MD = dh_BTD.astype(dtype).reshape(-1, d)
 
-    dh_MD, dmlp = _mlp_backward(dh_MD, mlp_residuals, weights.mlp)
+    multiply = functools.partial(product, ours=static.ours)
+    dh_MD, dmlp = _mlp_backward(static, dh_MD, mlp_residuals, weights.mlp)
 
     # h + out(attention(rotate(x qkv r))). The factor's gradient is taken from
     # dx . x = d(x qkv) . (x qkv), which spares reading q, k and v again.
     x_MD, rstd_M, attention_vjp, out_ME = attention_residuals
-    dout_ME = _times_transposed(dh_MD, weights.out_D)
-    dout_D = _outer(out_ME, dh_MD)
+    dout_ME = multiply("nt", dh_MD, weights.out_D)
+    dout_D = multiply("tn", out_ME, dh_MD)
     dout_BTNH = dout_ME.reshape(b, t, static.n_heads, -1)
     dqkv_BTJ = join(
         attention_vjp(dout_BTNH), rstd_M.reshape(b, t), freqs_cos, freqs_sin
     )
     dqkv_MJ = dqkv_BTJ.reshape(b * t, -1)
-    dqkv_DJ = _outer(x_MD, dqkv_MJ)
-    dx_MD = _times_transposed(dqkv_MJ, weights.qkv_DJ)
+    dqkv_DJ = multiply("tn", x_MD, dqkv_MJ)
+    dx_MD = multiply("nt", dqkv_MJ, weights.qkv_DJ)
     stat = rstd_M.dtype
     along_M = jnp.sum(dx_MD.astype(stat) * x_MD.astype(stat), axis=-1)
     dh_MD = _add_norm_gradient(dh_MD, x_MD, rstd_M, along_M / rstd_M, dx_MD)
@@ -155,7 +161,7 @@ def _backward(static, residuals, dh_BTD):
 decoder_layer.defvjp(_forward, _backward)
 
 
-def _mlp_backward(dh_MD, residuals, pieces):
+def _mlp_backward(static, dh_MD, residuals, pieces):
     """Back through h + down(act), act = silu(gate r) * (up r), r the norm's factor."""
     x_MD, rstd_M, kept = residuals
     dy_MD, dmlp, drstds_M = dh_MD, [], []
@@ -163,7 +169,7 @@ def _mlp_backward(dh_MD, residuals, pieces):
         if number:  # not begun before the piece before is done
             dh_MD, dy_MD = jax.lax.optimization_barrier((dh_MD, dy_MD))
         dh_MD, dpiece, drstd_M = _piece_backward(
-            dh_MD, dy_MD, x_MD, rstd_M, gate_up, act_MF, piece
+            static, dh_MD, dy_MD, x_MD, rstd_M, gate_up, act_MF, piece
         )
         dmlp.append(dpiece)
         drstds_M.append(drstd_M)
@@ -171,13 +177,14 @@ def _mlp_backward(dh_MD, residuals, pieces):
     return _add_norm_gradient(dh_MD, x_MD, rstd_M, drstd_M), tuple(dmlp)
 
 
-def _piece_backward(dh_MD, dy_MD, x_MD, rstd_M, gate_up, kept, piece: Piece):
+def _piece_backward(static, dh_MD, dy_MD, x_MD, rstd_M, gate_up, kept, piece: Piece):
     """Adds to dh_MD what comes back through gate and up where dy_MD is the gradient of
     the result; returns it, and the gradients of the matrices and of r."""
-    dact_MF = _times_transposed(dy_MD, piece.down_FD)
+    multiply = functools.partial(product, ours=static.ours)
+    dact_MF = multiply("nt", dy_MD, piece.down_FD)
     if kept is not None and isinstance(gate_up, tuple):
         return _apart_backward(
-            dh_MD, dy_MD, x_MD, rstd_M, gate_up, kept, dact_MF, piece
+            static, dh_MD, dy_MD, x_MD, rstd_M, gate_up, kept, dact_MF, piece
         )
     # Behind the barrier XLA cannot take the forward's activations for those it
     # recomputes here: keeping them costs 97 KiB a token in a 215M model.
@@ -185,23 +192,28 @@ def _piece_backward(dh_MD, dy_MD, x_MD, rstd_M, gate_up, kept, piece: Piece):
     act_MF, swiglu_vjp = jax.vjp(_swiglu, gate_up, rstd_M)
     act_MF = act_MF if kept is None else kept
     dgate_up, drstd_M = swiglu_vjp(dact_MF)
-    # The narrower factor is the one that a CPU copies transposed.
-    ddown_FD = _outer(dy_MD, act_MF).T
-    dh_MD, dgate_up = _gate_up_backward(dh_MD, x_MD, piece.gate_up, dgate_up)
+    ddown_FD = _down_gradient(static, act_MF, dy_MD)
+    dh_MD, dgate_up = _gate_up_backward(multiply, dh_MD, x_MD, piece.gate_up, dgate_up)
     return dh_MD, Piece(dgate_up, ddown_FD), drstd_M
 
 
-def _apart_backward(dh_MD, dy_MD, x_MD, rstd_M, gate_up, act_MF, dact_MF, piece):
+def _apart_backward(
+    static, dh_MD, dy_MD, x_MD, rstd_M, gate_up, act_MF, dact_MF, piece
+):
     """_piece_backward where act was kept, and gate and up are two arrays: what a CPU
     does fastest. The factor's gradient comes from dx . x, which is narrower than F."""
     stat = rstd_M.dtype
-    ddown_FD = _outer(dy_MD, act_MF).T
+    multiply = functools.partial(product, ours=static.ours)
+    ddown_FD = _down_gradient(static, act_MF, dy_MD)
     dgate_MF, dup_MF = _swiglu_backward(gate_up, rstd_M, dact_MF)
     gate_DF, up_DF = piece.gate_up
-    dx_MD = _times_transposed(dgate_MF, gate_DF).astype(stat)
-    dx_MD = dx_MD + _times_transposed(dup_MF, up_DF).astype(stat)
+    dx_MD = multiply("nt", dgate_MF, gate_DF).astype(stat)
+    dx_MD = multiply("nt", dup_MF, up_DF, dx_MD)
     drstd_M = jnp.sum(dx_MD * x_MD.astype(stat), axis=-1) / rstd_M
     dh_MD = (dh_MD.astype(stat) + dx_MD).astype(dh_MD.dtype)
+    if static.ours:
+        dgate_up = tuple(multiply("tn", x_MD, dy) for dy in (dgate_MF, dup_MF))
+        return dh_MD, Piece(dgate_up, ddown_FD), drstd_M
     # As sums over the tokens of both factors these take longer; one copy serves both.
     x_DM = jax.lax.optimization_barrier(x_MD.T)
     dgate_up = x_DM @ dgate_MF, x_DM @ dup_MF
@@ -240,15 +252,6 @@ def _rstd(h_MD, eps):
     return jax.lax.rsqrt(jnp.mean(h * h, axis=-1) + eps)
 
 
-def _add_product(h_MD, spec, x, weight):
-    """h plus einsum(spec, x, weight), in h's dtype.
-
-    For cuBLASLt that is one call, which adds before it rounds, as long as h is the very
-    array: a reshape in between, and XLA copies h first.
-    """
-    return jnp.einsum(spec, x, weight, preferred_element_type=h_MD.dtype) + h_MD
-
-
 def _add_norm_gradient(dh_MD, x_MD, rstd_M, drstd_M, dx_MD=None):
     """Adds to the stream's gradient what comes back through rstd, and dx."""
     stat = rstd_M.dtype
@@ -264,22 +267,24 @@ def _add_norm_gradient(dh_MD, x_MD, rstd_M, drstd_M, dx_MD=None):
     return jax.lax.optimization_barrier(total.astype(dh_MD.dtype))
 
 
-def _gate_up(x_MD, gate_up):
+def _gate_up(multiply, x_MD, gate_up):
     """gate and up, before the norm's factor: (M, C, F), or (M, F) of each."""
     if isinstance(gate_up, tuple):
-        return tuple(x_MD @ weight_DF for weight_DF in gate_up)
+        return tuple(multiply("nn", x_MD, weight_DF) for weight_DF in gate_up)
     return jnp.einsum("MD,DCF->MCF", x_MD, gate_up)
 
 
-def _gate_up_backward(dh_MD, x_MD, gate_up, dgate_up):
+def _gate_up_backward(multiply, dh_MD, x_MD, gate_up, dgate_up):
     """Adds the gradient of x_MD to dh_MD; returns it and that of the matrices."""
     if isinstance(gate_up, tuple):
         dweights = []
         for weight_DF, dy_MF in zip(gate_up, dgate_up, strict=True):
-            dh_MD = _add_product(dh_MD, "MF,DF->MD", dy_MF, weight_DF)
-            dweights.append(_outer(x_MD, dy_MF))
+            dh_MD = multiply("nt", dy_MF, weight_DF, dh_MD)
+            dweights.append(multiply("tn", x_MD, dy_MF))
         return dh_MD, tuple(dweights)
-    dh_MD = _add_product(dh_MD, "MCF,DCF->MD", dgate_up, gate_up)
+    spec = "MCF,DCF->MD"
+    dx_MD = jnp.einsum(spec, dgate_up, gate_up, preferred_element_type=dh_MD.dtype)
+    dh_MD = dx_MD + dh_MD
     return dh_MD, jnp.einsum("MD,MCF->DCF", x_MD, dgate_up)
 
 
@@ -294,13 +299,11 @@ def _swiglu(gate_up, rstd_M):
     return (jax.nn.silu(both[:, 0]) * both[:, 1]).astype(gate_up.dtype)
 
 
-def _times_transposed(dy, weight):
-    return jnp.einsum("MF,DF->MD", dy, weight)
-
-
-def _outer(x, dy):
-    """A matrix's gradient: the sum over tokens of x times dy."""
-    return jnp.einsum("MD,MF->DF", x, dy)
+def _down_gradient(static, act_MF, dy_MD):
+    if static.ours:
+        return product("tn", act_MF, dy_MD, ours=True)
+    # The narrower factor is the one that XLA's products copy transposed on a CPU.
+    return product("tn", dy_MD, act_MF).T
 
 
 def _stat(dtype):

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxllm.compute import ComputeConfig
+from jaxllm.kernels.native import has_native, native
 
 # The first and the last jax whose CUDA plugin is known to have the compiler options.
 FIRST_JAX, LAST_JAX = (0, 10), (0, 12)
@@ -44,19 +45,32 @@ def has_onednn(device: Any) -> bool:
     )
 
 
-def compiler_options(compute: ComputeConfig, device: Any) -> dict[str, bool | str]:
-    """Options of the train step of a resolved `compute`, for `device`.
+def compiler_options(
+    compute: ComputeConfig, device: Any, *, alone: bool = True
+) -> dict[str, bool | str]:
+    """Options of the train step of a resolved `compute`, for `device`, which computes
+    `alone` or shares the work with others.
 
     Without Triton's products XLA makes every addition of a product to the residual
     stream part of the product, in cuBLASLt: 36 of them in 18 layers, either way.
 
-    Raises: ValueError for oneDNN where it is not known to work.
+    Raises: ValueError for a CPU's products where they are not known to work.
     """
+    names = ("compute_dtype", "residual_dtype", "logits_dtype")
+    dtypes = {name: getattr(compute, name) for name in names}
+    single = set(dtypes.values()) == {"float32"}
+    these = ", ".join(f"{name}={dtype}" for name, dtype in dtypes.items())
+    if compute.gemm == "native":
+        if not (single and alone and compute.layer == "fused" and has_native(device)):
+            raise ValueError(
+                "compute.gemm=native takes float32, the fused layer, one CPU, and GCC "
+                f"to compile with; this is {these}, layer={compute.layer}, "
+                f"{device.platform}{'' if alone else ', several devices'}"
+                f"{': ' + problem if (problem := native().problem) else ''}; use auto"
+            )
+        return {}
     if compute.gemm == "onednn":
-        names = ("compute_dtype", "residual_dtype", "logits_dtype")
-        dtypes = {name: getattr(compute, name) for name in names}
-        if not has_onednn(device) or set(dtypes.values()) != {"float32"}:
-            these = ", ".join(f"{name}={dtype}" for name, dtype in dtypes.items())
+        if not has_onednn(device) or not single:
             raise ValueError(
                 "compute.gemm=onednn takes float32, jax 0.10 on Linux, and an x86 CPU "
                 f"with AVX-512; this is {these}, {device.platform}, "

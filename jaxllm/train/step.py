@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.config import ComputeConfig, RunConfig
 from jaxllm.kernels.cross_entropy import cross_entropy
+from jaxllm.kernels.native import has_native
 from jaxllm.model import Transformer
 from jaxllm.train import guard, optim
 from jaxllm.train.compiler import compiler_options, has_onednn
@@ -48,7 +49,8 @@ def build(config: RunConfig, mesh: Mesh, *, total_steps: int) -> Program:
     Raises: ValueError if the configuration does not fit the mesh.
     """
     check_divides(config, mesh)
-    config = replace(config, compute=resolve_compute(config, mesh.devices.flat[0]))
+    compute = resolve_compute(config, mesh.devices.flat[0], alone=mesh.size == 1)
+    config = replace(config, compute=compute)
     model, compute = config.model, config.compute
 
     def create():
@@ -95,7 +97,9 @@ def build(config: RunConfig, mesh: Mesh, *, total_steps: int) -> Program:
         init=jax.jit(init, out_shardings=layout),
         train_step=jax.jit(
             train_step,
-            compiler_options=compiler_options(compute, mesh.devices.flat[0]),
+            compiler_options=compiler_options(
+                compute, mesh.devices.flat[0], alone=mesh.size == 1
+            ),
             donate_argnums=0,
             in_shardings=(layout, rows),
             out_shardings=(layout, replicated),
@@ -132,8 +136,11 @@ def _precision(compute: ComputeConfig):
     return contextlib.nullcontext()
 
 
-def resolve_compute(config: RunConfig, device: Any) -> ComputeConfig:
-    """Decides every "auto" of the compute configuration for `device`."""
+def resolve_compute(
+    config: RunConfig, device: Any, *, alone: bool = True
+) -> ComputeConfig:
+    """Decides every "auto" of the compute configuration for `device`, which computes
+    `alone` or shares the work with others."""
     capability = float(getattr(device, "compute_capability", 0.0) or 0.0)
     return config.compute.resolve(
         n_layers=config.model.n_layers,
@@ -143,6 +150,7 @@ def resolve_compute(config: RunConfig, device: Any) -> ComputeConfig:
         platform=device.platform,
         compute_capability=capability,
         onednn=has_onednn(device),
+        native=alone and has_native(device),
     )
 
 
@@ -257,6 +265,7 @@ def summed_loss(graphdef, params: dict, micro: Batch, dropout_key=None) -> jax.A
             implementation=model.compute.cross_entropy,
             chunk=model.compute.loss_chunk,
             dtype=None if dtype == "auto" else dtype,
+            ours=model.compute.gemm == "native",
         )
 
 

@@ -1,0 +1,176 @@
+"""Our own float32 products for a CPU: gemm.c, compiled by GCC where it runs.
+
+What a compiler makes for just this processor is as fast as MKL's products, and shares
+XLA's threads. It is compiled once for each processor, compiler and version of XLA's
+interface, and kept in the user's cache folder.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+SOURCES = Path(__file__).parent / "cpu"
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
+KINDS = ("nn", "nt", "tn")
+CPUINFO = Path("/proc/cpuinfo")
+TIMEOUT_S = 120
+
+
+class Native(NamedTuple):
+    """The compiled kernel, or why there is none."""
+
+    library: ctypes.CDLL | None
+    problem: str = ""
+
+
+def has_native(device: jax.Device) -> bool:
+    """Whether there is a kernel for `device`; compiles it if need be, which takes a
+    second, once for each processor."""
+    return device.platform == "cpu" and native().library is not None
+
+
+@functools.cache
+def native() -> Native:
+    """Finds or compiles the kernel, checks it, and makes it known to XLA."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return Native(None, f"it was tried on Linux x86-64 alone, not {sys.platform}")
+    if not {"avx2", "fma"} <= _processor():
+        return Native(None, "the processor has no AVX2 and FMA")
+    try:
+        library = _load(_compiled())
+        _check(library)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return Native(None, " ".join(str(error).split()))
+    for kind in KINDS:
+        jax.ffi.register_ffi_target(
+            target(kind), jax.ffi.pycapsule(library[f"gemm_{kind}"]), platform="cpu"
+        )
+    return Native(library)
+
+
+def target(kind: str) -> str:
+    """The name by which XLA calls the kernel of `kind`."""
+    return f"jaxllm_gemm_{kind}"
+
+
+def scratch_floats(m: int, n: int, k: int) -> int:
+    """Float32 values of scratch memory that a product (m, k) by (k, n) takes."""
+    library = native().library
+    assert library is not None, "has_native was not asked"
+    return library.gemm_scratch(m, n, k)
+
+
+def alone(library: ctypes.CDLL, kind: str, a, b, add=None) -> np.ndarray:
+    """A product of NumPy's float32 matrices on one thread, without XLA."""
+    by_k, by_n = kind[0] == "t", kind[1] == "t"
+    (k, m) = a.shape if by_k else a.shape[::-1]
+    n = b.shape[0] if by_n else b.shape[1]
+    out = np.full((m, n), np.nan, np.float32)
+    scratch = np.full(library.gemm_scratch(m, n, k), np.nan, np.float32)
+    arrays = (a, b, add, out, scratch)
+    pointers = (None if x is None else x.ctypes.data for x in arrays)
+    library.gemm_alone(m, n, k, *pointers, by_k, by_n)
+    return out
+
+
+def _compiled() -> Path:
+    """The compiled library's path.
+
+    Raises: OSError, subprocess.SubprocessError, ValueError if it cannot be made.
+    """
+    compiler = shutil.which(os.environ.get("CC", "gcc"))
+    if compiler is None:
+        raise ValueError("there is no GCC (the variable CC may name it)")
+    version = _run([compiler, "--version"])
+    include = Path(jax.ffi.include_dir())
+    header = include / "xla/ffi/api/c_api.h"
+    key = hashlib.sha256()
+    sources = sorted(SOURCES.glob("*.c"))
+    for path in (*sources, *sorted(SOURCES.glob("*.h")), header):
+        key.update(hashlib.sha256(path.read_bytes()).digest())
+    key.update(" ".join((compiler, version, *FLAGS, *sorted(_processor()))).encode())
+    name = f"kernels-{key.hexdigest()[:32]}.so"
+    for folder in (_cache_folder(), Path(tempfile.mkdtemp(prefix="jaxllm-"))):
+        path = folder / name
+        if path.exists():
+            return path
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
+            os.close(handle)
+        except OSError:  # a home that cannot be written
+            continue
+        try:
+            _run([compiler, *FLAGS, f"-I{include}", *map(str, sources), "-o", made])
+            os.chmod(made, 0o755)
+            os.replace(made, path)  # whoever starts at the same time makes the same
+            return path
+        finally:
+            Path(made).unlink(missing_ok=True)
+    raise ValueError("no folder to compile in can be written")
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "jaxllm"
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no message"])[0]
+        raise ValueError(f"{command[0]} failed: {said}")
+    return done.stdout
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.gemm_scratch.argtypes = [ctypes.c_long] * 3
+    library.gemm_scratch.restype = ctypes.c_long
+    library.gemm_alone.argtypes = (
+        [ctypes.c_long] * 3 + [ctypes.c_void_p] * 5 + [ctypes.c_int] * 2
+    )
+    library.gemm_alone.restype = None
+    return library
+
+
+def _check(library: ctypes.CDLL) -> None:
+    """Multiplies once in each way.
+
+    Raises: ValueError if a product is wrong.
+    """
+    rng = np.random.default_rng(0)
+    for m, n, k in ((45, 100, 70), (100, 45, 600)):
+        a, b = rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n))
+        b, add = b.astype(np.float32), rng.standard_normal((m, n), np.float32)
+        truth = add + a.astype(np.float64) @ b
+        for kind in KINDS:
+            x = np.ascontiguousarray(a.T) if kind[0] == "t" else a
+            y = np.ascontiguousarray(b.T) if kind[1] == "t" else b
+            error = np.max(np.abs(alone(library, kind, x, y, add) - truth))
+            if not error <= 1e-5 * k**0.5:
+                raise ValueError(f"the compiled product {kind} is off by {error:.1e}")
+
+
+@functools.cache
+def _processor() -> frozenset[str]:
+    """What the processor can do, in Linux's words; empty where that is not told."""
+    try:
+        lines = CPUINFO.read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = (line.partition(":")[2] for line in lines if line.startswith("flags"))
+    return frozenset(next(flags, "").split())
