@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ class Native(NamedTuple):
     problem: str = ""
 
 
-def has_native(device: jax.Device) -> bool:
+def has_native(device: Any) -> bool:
     """Whether there is a kernel for `device`; compiles it if need be, which takes a
     second, once for each processor."""
     return device.platform == "cpu" and native().library is not None
