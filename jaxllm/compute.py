@@ -22,9 +22,9 @@ class ComputeConfig:
     )
     """Dtype of the residual stream; auto is at least float32, unless goal is lean. In
     the fused layer its gradient has the compute dtype."""
-    attention: Literal["auto", "plain", "blocked", "cudnn"] = "auto"
-    """Attention kernel; auto is cuDNN for 16-bit on Ampere or newer, blocked on a CPU,
-    else plain."""
+    attention: Literal["auto", "plain", "blocked", "native", "cudnn"] = "auto"
+    """Attention kernel; auto is cuDNN for 16-bit on Ampere or newer, on a CPU native
+    where gemm is, else blocked, elsewhere plain."""
     layer: Literal["auto", "plain", "fused"] = "auto"
     """Form of a decoder layer; fused has its norms folded into its products and its
     backward pass written out. Rows with segments, dropout or a cache run plain."""
@@ -100,10 +100,6 @@ class ComputeConfig:
         lean = self.goal == "lean" and platform == "gpu" and compute == "bfloat16"
         residual = logits = "bfloat16" if lean else wide
         half = compute in ("bfloat16", "float16")
-        attention = "blocked" if cpu else "plain"
-        widest = 256 if compute_capability >= 9.0 else 128  # for cuDNN
-        if ampere and half and head_dim % 8 == 0 and head_dim <= widest:
-            attention = "cudnn"
         fused = (ampere and compute == "bfloat16") or (cpu and not half)
         layer = self.layer
         if layer == "auto":
@@ -119,6 +115,12 @@ class ComputeConfig:
                 if not large or (fitting == "onednn" and not onednn):
                     fitting = "ynnpack"
                 gemm = fitting
+        attention = "blocked" if cpu else "plain"
+        if gemm == "native":
+            attention = "native"
+        widest = 256 if compute_capability >= 9.0 else 128  # for cuDNN
+        if ampere and half and head_dim % 8 == 0 and head_dim <= widest:
+            attention = "cudnn"
         remat = self.remat
         if remat == "auto":
             remat = "products" if lean else "none"

@@ -26,8 +26,9 @@ def attention(
     s has position s) it sees s <= positions_BT[b, t] instead; with `segment_ids_BT`
     only keys of its own segment. Query head n reads key/value head n // G, the order
     of PyTorch's repeat_interleave. Inputs share one dtype, which the output has; the
-    softmax is computed in at least float32. blocked is the fast form on a CPU, for
-    plain causal rows; with positions or segments it runs plain.
+    softmax is computed in at least float32. blocked is XLA's fast form on a CPU, for
+    plain causal rows; with positions or segments it runs plain. native is the same
+    here: our own kernel begins with the joined product (heads.py).
 
     Raises: ValueError if cuDNN is asked for what it does not do here.
     """
@@ -41,9 +42,10 @@ def attention(
         return per_device(_flash, in_specs=(rows, rows, rows), out_specs=rows)(
             q_BTNH, k_BSKH, v_BSKH
         )
-    if implementation == "blocked" and positions_BT is None and segment_ids_BT is None:
+    assert implementation in ("plain", "blocked", "native"), implementation
+    plain = implementation == "plain"
+    if not plain and positions_BT is None and segment_ids_BT is None:
         return _blocked(q_BTNH, k_BSKH, v_BSKH)
-    assert implementation in ("plain", "blocked"), implementation
     return _plain(q_BTNH, k_BSKH, v_BSKH, positions_BT, segment_ids_BT)
 
 

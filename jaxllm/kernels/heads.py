@@ -1,10 +1,43 @@
-"""q, k and v out of their joined product, rotated, and their gradients joined again.
+"""From the joined product of q, k and v to the heads' outputs, and back.
 
 B batch, T time, N query heads, K key/value heads, G = N / K, H head dim,
 J = K (G + 2) H the joined width of q, k and v, group by group.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
+
+from jaxllm.kernels import native
+from jaxllm.kernels.attention import attention
+
+
+def attend(n_heads, n_kv_heads, implementation, qkv_BTJ, rstd_BT, freqs_cos, freqs_sin):
+    """Applies the norm's factor, rotates q and k, and attends; returns out_BTNH, and
+    what attend_backward takes. Tables are (B or 1, T, R)."""
+    if implementation == "native":
+        b, t, j = qkv_BTJ.shape
+        h = j // (n_heads + 2 * n_kv_heads)
+        shapes = (b, t, n_heads, h), (2, b, n_heads, t)
+        out_BTNH, stats_2BNT = jax.ffi.ffi_call(
+            native.target("attention_forward"),
+            [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        )(qkv_BTJ, rstd_BT, freqs_cos, freqs_sin)
+        return out_BTNH, (qkv_BTJ, out_BTNH, stats_2BNT)
+    heads = split(n_heads, n_kv_heads, qkv_BTJ, rstd_BT, freqs_cos, freqs_sin)
+    return jax.vjp(functools.partial(attention, implementation=implementation), *heads)
+
+
+def attend_backward(implementation, kept, rstd_BT, freqs_cos, freqs_sin, dout_BTNH):
+    """The gradient of qkv_BTJ, where the norm's factor counts as constant."""
+    if implementation == "native":
+        qkv_BTJ, out_BTNH, stats_2BNT = kept
+        inputs = qkv_BTJ, rstd_BT, freqs_cos, freqs_sin, out_BTNH, stats_2BNT
+        shape = jax.ShapeDtypeStruct(qkv_BTJ.shape, jnp.float32)
+        call = jax.ffi.ffi_call(native.target("attention_backward"), shape)
+        return call(*inputs, dout_BTNH)
+    return join(kept(dout_BTNH), rstd_BT, freqs_cos, freqs_sin)
 
 
 def split(n_heads, n_kv_heads, qkv_BTJ, rstd_BT, freqs_cos, freqs_sin):

@@ -30,9 +30,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm.kernels.attention import attention
 from jaxllm.kernels.fold import Piece, Weights, fold
-from jaxllm.kernels.heads import join, split
+from jaxllm.kernels.heads import attend, attend_backward
 from jaxllm.kernels.per_device import HEADS
 from jaxllm.kernels.product import product
 
@@ -100,11 +99,9 @@ def _forward(static, h_BTD, weights, freqs_cos, freqs_sin):
     rstd_M = _rstd(h_MD, static.eps)
     multiply = functools.partial(product, ours=static.ours)
     qkv_BTJ = multiply("nn", x_MD, weights.qkv_DJ).reshape(b, t, -1)
-    heads = static.n_heads, static.n_kv_heads
-    q, k, v = split(*heads, qkv_BTJ, rstd_M.reshape(b, t), freqs_cos, freqs_sin)
-    out_BTNH, attention_vjp = jax.vjp(
-        functools.partial(attention, implementation=static.attention), q, k, v
-    )
+    heads = static.n_heads, static.n_kv_heads, static.attention
+    tables = freqs_cos, freqs_sin
+    out_BTNH, attended = attend(*heads, qkv_BTJ, rstd_M.reshape(b, t), *tables)
     out_ME = out_BTNH.reshape(b * t, -1)
     h_MD = multiply("nn", out_ME, weights.out_D, h_MD)
 
@@ -117,7 +114,7 @@ def _forward(static, h_BTD, weights, freqs_cos, freqs_sin):
         h_MD = multiply("nn", act_MF, piece.down_FD, h_MD)
         kept.append((gate_up, act_MF if static.keep_act else None))
 
-    attention_residuals = (x_MD, rstd_M, attention_vjp, out_ME)
+    attention_residuals = (x_MD, rstd_M, attended, out_ME)
     mlp_residuals = (x_mid_MD, rstd_mid_M, kept)
     residuals = (attention_residuals, mlp_residuals, weights, freqs_cos, freqs_sin)
     return h_MD.reshape(b, t, d), residuals
@@ -136,12 +133,13 @@ def _backward(static, residuals, dh_BTD):
 
     # h + out(attention(rotate(x qkv r))). The factor's gradient is taken from
     # dx . x = d(x qkv) . (x qkv), which spares reading q, k and v again.
-    x_MD, rstd_M, attention_vjp, out_ME = attention_residuals
+    x_MD, rstd_M, attended, out_ME = attention_residuals
     dout_ME = multiply("nt", dh_MD, weights.out_D)
     dout_D = multiply("tn", out_ME, dh_MD)
     dout_BTNH = dout_ME.reshape(b, t, static.n_heads, -1)
-    dqkv_BTJ = join(
-        attention_vjp(dout_BTNH), rstd_M.reshape(b, t), freqs_cos, freqs_sin
+    tables = freqs_cos, freqs_sin
+    dqkv_BTJ = attend_backward(
+        static.attention, attended, rstd_M.reshape(b, t), *tables, dout_BTNH
     )
     dqkv_MJ = dqkv_BTJ.reshape(b * t, -1)
     dqkv_DJ = multiply("tn", x_MD, dqkv_MJ)

@@ -23,6 +23,11 @@ import numpy as np
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
 KINDS = ("nn", "nt", "tn")
+TARGETS = (
+    *(f"gemm_{kind}" for kind in KINDS),
+    "attention_forward",
+    "attention_backward",
+)
 CPUINFO = Path("/proc/cpuinfo")
 TIMEOUT_S = 120
 
@@ -52,16 +57,16 @@ def native() -> Native:
         _check(library)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return Native(None, " ".join(str(error).split()))
-    for kind in KINDS:
+    for name in TARGETS:
         jax.ffi.register_ffi_target(
-            target(kind), jax.ffi.pycapsule(library[f"gemm_{kind}"]), platform="cpu"
+            target(name), jax.ffi.pycapsule(library[name]), platform="cpu"
         )
     return Native(library)
 
 
-def target(kind: str) -> str:
-    """The name by which XLA calls the kernel of `kind`."""
-    return f"jaxllm_gemm_{kind}"
+def target(name: str) -> str:
+    """The name by which XLA calls a kernel, one of TARGETS."""
+    return f"jaxllm_{name}"
 
 
 def scratch_floats(m: int, n: int, k: int) -> int:

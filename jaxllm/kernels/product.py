@@ -32,7 +32,8 @@ def _ours(kind: str, x, y, add) -> jax.Array:
     n = y.shape[0] if kind[1] == "t" else y.shape[1]
     shapes = (m, n), (native.scratch_floats(m, n, k),)
     call = jax.ffi.ffi_call(
-        native.target(kind), [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+        native.target(f"gemm_{kind}"),
+        [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes],
     )
     return call(x, y, *(() if add is None else (add,)))[0]
 

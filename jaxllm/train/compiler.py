@@ -60,14 +60,16 @@ def compiler_options(
     dtypes = {name: getattr(compute, name) for name in names}
     single = set(dtypes.values()) == {"float32"}
     these = ", ".join(f"{name}={dtype}" for name, dtype in dtypes.items())
-    if compute.gemm == "native":
+    if "native" in (compute.gemm, compute.attention):
+        name = "gemm" if compute.gemm == "native" else "attention"
         if not (single and alone and compute.layer == "fused" and has_native(device)):
             raise ValueError(
-                "compute.gemm=native takes float32, the fused layer, one CPU, and GCC "
+                f"compute.{name}=native takes float32, the fused layer, one CPU, and GCC "
                 f"to compile with; this is {these}, layer={compute.layer}, "
                 f"{device.platform}{'' if alone else ', several devices'}"
                 f"{': ' + problem if (problem := native().problem) else ''}; use auto"
             )
+    if compute.gemm == "native":
         return {}
     if compute.gemm == "onednn":
         if not has_onednn(device) or not single:

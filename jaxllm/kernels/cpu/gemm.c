@@ -86,16 +86,17 @@ static void share(const Gemm *g, long number) {
 }
 
 /* First the panels that all share, then the shares. */
-static void part(void *data, long number) {
+static int part(void *data, long number) {
   Gemm *g = data;
   if (number >= g->panels) {
     wait_for(&g->packed_panels, g->panels);
     share(g, number - g->panels);
-    return;
+    return 0;
   }
   if (g->cut_a) pack_b(g, number * NR, 1, 0, g->k, g->packed + number * NR * g->k);
   else pack_a(g, number * MR, 1, 0, g->k, g->packed + number * MR * g->k);
   atomic_fetch_add_explicit(&g->packed_panels, 1, memory_order_release);
+  return 0;
 }
 
 /* Decides who does what; returns the number of parts. */

@@ -42,20 +42,20 @@ static inline void wait_for(atomic_long *done, long all) {
   }
 }
 
-/* Parts of a piece of work, 0 .. count - 1, which threads take one by one in order.
-   `data` is freed with the loop, when the last thread has let go of it. */
+/* Parts of a piece of work, 0 .. count - 1, which threads take one by one in order; a
+   part returns 1 if it finds no memory. `data` is freed with the loop, when the last thread has let go of it. */
 typedef struct {
-  void (*part)(void *data, long number);
+  int (*part)(void *data, long number);
   void *data;
   long count;
   atomic_long next, done;
-  atomic_int owners;
+  atomic_int owners, failed;
 } Loop;
 
 static inline void work(Loop *loop) {
   long number;
   while ((number = atomic_fetch_add(&loop->next, 1)) < loop->count) {
-    loop->part(loop->data, number);
+    if (loop->part(loop->data, number)) atomic_store(&loop->failed, 1);
     atomic_fetch_add_explicit(&loop->done, 1, memory_order_release);
   }
 }
@@ -76,7 +76,7 @@ static inline void help(void *loop) {
 /* Does all parts, together with those of XLA's threads that have nothing else to do;
    takes `data`, which malloc gave. Nobody waits for a thread that is busy elsewhere. */
 static inline XLA_FFI_Error *run(XLA_FFI_CallFrame *frame, long count,
-                                 void (*part)(void *, long), void *data) {
+                                 int (*part)(void *, long), void *data) {
   const XLA_FFI_Api *api = frame->api;
   Loop *loop = data ? calloc(1, sizeof *loop) : NULL;
   if (!loop) {
@@ -99,6 +99,7 @@ static inline XLA_FFI_Error *run(XLA_FFI_CallFrame *frame, long count,
   }
   work(loop);
   wait_for(&loop->done, count);
+  int failed = atomic_load(&loop->failed);
   release(loop);
-  return NULL;
+  return failed ? fail(api, "a kernel found no memory") : NULL;
 }
