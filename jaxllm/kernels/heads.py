@@ -25,8 +25,9 @@ def attend(n_heads, n_kv_heads, implementation, qkv_BTJ, rstd_BT, freqs_cos, fre
             [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         )(qkv_BTJ, rstd_BT, freqs_cos, freqs_sin)
         return out_BTNH, (qkv_BTJ, out_BTNH, stats_2BNT)
-    heads = split(n_heads, n_kv_heads, qkv_BTJ, rstd_BT, freqs_cos, freqs_sin)
-    return jax.vjp(functools.partial(attention, implementation=implementation), *heads)
+    q, k, v = split(n_heads, n_kv_heads, qkv_BTJ, rstd_BT, freqs_cos, freqs_sin)
+    plain = functools.partial(attention, implementation=implementation)
+    return jax.vjp(plain, q, k, v)
 
 
 def attend_backward(implementation, kept, rstd_BT, freqs_cos, freqs_sin, dout_BTNH):

@@ -64,8 +64,8 @@ def compiler_options(
         name = "gemm" if compute.gemm == "native" else "attention"
         if not (single and alone and compute.layer == "fused" and has_native(device)):
             raise ValueError(
-                f"compute.{name}=native takes float32, the fused layer, one CPU, and GCC "
-                f"to compile with; this is {these}, layer={compute.layer}, "
+                f"compute.{name}=native takes float32, the fused layer, one CPU, and "
+                f"GCC to compile with; this is {these}, layer={compute.layer}, "
                 f"{device.platform}{'' if alone else ', several devices'}"
                 f"{': ' + problem if (problem := native().problem) else ''}; use auto"
             )
