@@ -14,16 +14,17 @@
 #define KC 512    /* of K at a time */
 #define SHARE_A 6 /* panels that a thread takes at a time */
 #define SHARE_B 2
+#define GROUP 4   /* panels of the other factor that are copied at a time */
 #define OWN (SHARE_A * MR > SHARE_B * NR ? SHARE_A * MR : SHARE_B * NR)
 
 typedef struct {
   long m, n, k;
   const float *a, *b, *add;
-  float *c, *packed;    /* panels of the factor that all share, with all of K each */
+  float *c, *packed;    /* panels of the factor that all share: KC by KC, all of them */
   int a_by_k, b_by_n;   /* A is (K, M); B is (N, K) */
   int cut_a;            /* A is the one that is shared out */
-  long panels;          /* of the factor that is copied first */
-  atomic_long packed_panels;
+  long panels, groups;  /* of the factor that is copied first */
+  atomic_long packed_groups;
 } Gemm;
 
 static int is_a_cut(long m, long n) { return m >= n; }
@@ -76,7 +77,7 @@ static void share(const Gemm *g, long number) {
     if (g->cut_a) pack_a(g, first * MR, last - first, k0, k, own);
     else pack_b(g, first * NR, last - first, k0, k, own);
     for (long q = 0; q < g->panels; q++) {
-      const float *theirs = g->packed + (q * g->k + k0) * other, *ours = own;
+      const float *theirs = g->packed + (k0 * g->panels + q * k) * other, *ours = own;
       for (long p = first; p < last; p++, ours += width * k) {
         if (g->cut_a) put(g, p, q, k0, k, ours, theirs);
         else put(g, q, p, k0, k, theirs, ours);
@@ -88,14 +89,20 @@ static void share(const Gemm *g, long number) {
 /* First the panels that all share, then the shares. */
 static int part(void *data, long number) {
   Gemm *g = data;
-  if (number >= g->panels) {
-    wait_for(&g->packed_panels, g->panels);
-    share(g, number - g->panels);
+  if (number >= g->groups) {
+    wait_for(&g->packed_groups, g->groups);
+    share(g, number - g->groups);
     return 0;
   }
-  if (g->cut_a) pack_b(g, number * NR, 1, 0, g->k, g->packed + number * NR * g->k);
-  else pack_a(g, number * MR, 1, 0, g->k, g->packed + number * MR * g->k);
-  atomic_fetch_add_explicit(&g->packed_panels, 1, memory_order_release);
+  long first = number * GROUP, panels = min(GROUP, g->panels - first);
+  long width = g->cut_a ? NR : MR;
+  for (long k0 = 0; k0 < g->k; k0 += KC) {
+    long k = min(KC, g->k - k0);
+    float *out = g->packed + (k0 * g->panels + first * k) * width;
+    if (g->cut_a) pack_b(g, first * NR, panels, k0, k, out);
+    else pack_a(g, first * MR, panels, k0, k, out);
+  }
+  atomic_fetch_add_explicit(&g->packed_groups, 1, memory_order_release);
   return 0;
 }
 
@@ -104,8 +111,9 @@ static long plan(Gemm *g, float *scratch) {
   long a = ceil_div(g->m, MR), b = ceil_div(g->n, NR);
   g->cut_a = is_a_cut(g->m, g->n);
   g->panels = g->cut_a ? b : a;
+  g->groups = ceil_div(g->panels, GROUP);
   g->packed = (float *)(((uintptr_t)scratch + ALIGN - 1) / ALIGN * ALIGN);
-  return g->panels + (g->cut_a ? ceil_div(a, SHARE_A) : ceil_div(b, SHARE_B));
+  return g->groups + (g->cut_a ? ceil_div(a, SHARE_A) : ceil_div(b, SHARE_B));
 }
 
 static XLA_FFI_Error *gemm(XLA_FFI_CallFrame *frame, int a_by_k, int b_by_n) {

@@ -118,8 +118,9 @@ static inline void tile(long k, const float *restrict a, const float *restrict b
   }
   for (long j = 0; j < k; j++) {
     vec b0 = load(b), b1 = load(b + LANES);
-    __builtin_prefetch(b + 16 * NR);
-    __builtin_prefetch(b + 16 * NR + LANES);
+    __builtin_prefetch(a + AHEAD * MR);
+    __builtin_prefetch(b + AHEAD * NR);
+    __builtin_prefetch(b + AHEAD * NR + LANES);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
       vec x = a[i] - (vec){0};
