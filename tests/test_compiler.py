@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxllm.config import ComputeConfig, ModelConfig, RunConfig, TrainConfig
+from jaxllm.kernels.native import has_native
 from jaxllm.train import compiler
 from jaxllm.train.compiler import compiler_options, has_onednn
 from jaxllm.train.sharding import make_mesh
-from jaxllm.train.step import build, to_device
+from jaxllm.train.step import build, resolve_compute, to_device
 
 GPU, CPU = SimpleNamespace(platform="gpu"), SimpleNamespace(platform="cpu")
 SINGLE = ComputeConfig(
@@ -24,6 +26,9 @@ SINGLE = ComputeConfig(
 FLAGS = "flags\t\t: fpu avx2 avx512f avx512dq avx512bw avx512vl amx_tile\n"
 here = pytest.mark.skipif(
     not has_onednn(jax.devices()[0]), reason="XLA is not known to have oneDNN here"
+)
+gcc = pytest.mark.skipif(
+    not has_native(jax.devices()[0]), reason="our own kernel cannot be compiled here"
 )
 
 
@@ -112,17 +117,23 @@ def test_onednn_is_refused_where_it_is_not_known_to_work(machine):
             compiler_options(compute, device)
 
 
-def compiled(gemm):
-    """A step of a network that is larger than the smallest that takes oneDNN by itself,
-    with its state after three steps."""
-    config = RunConfig(
+def network(dim: int, gemm: Any):
+    """A network's configuration; with a dim of 256 the smallest for which auto leaves
+    XLA's own products."""
+    return RunConfig(
         model=ModelConfig(
-            dim=256, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=500,
+            dim=dim, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=500,
             max_seq_len=80,
         ),
         compute=ComputeConfig(gemm=gemm),
         train=TrainConfig(batch_size=4, accumulate=2),
     )  # fmt: skip
+
+
+@functools.cache
+def compiled(gemm, dim=256):
+    """A step's text, and its state after three steps, twice."""
+    config = network(dim, gemm)
     mesh = make_mesh(config.parallel, jax.devices()[:1])
     program = build(config, mesh, total_steps=9)
     rng = np.random.default_rng(5)
@@ -132,43 +143,99 @@ def compiled(gemm):
     }  # fmt: skip
     batch = to_device(program, batch, parts=2)
     step = program.train_step.lower(program.abstract_state, batch).compile()
-    state = program.init()
-    for _ in range(3):
-        state, _ = step(state, batch)
-    return str(step.as_text()), jax.tree.map(np.asarray, state)
+    states = []
+    for _ in range(2):
+        state = program.init()
+        for _ in range(3):
+            state, _ = step(state, batch)
+        states.append(jax.tree.map(np.asarray, state))
+    return str(step.as_text()), states
 
 
-@here
-def test_the_step_multiplies_by_onednn_and_twice_the_same():
-    (text, first), (_, again) = compiled("auto"), compiled("onednn")
-    assert text.count('"kind":"__onednn_fusion"') > 20
+PRODUCTS = {"native": "jaxllm_gemm_", "onednn": '"kind":"__onednn_fusion"'}
+"""What a CPU's step may multiply by, and how that is called in its text."""
+kinds = pytest.mark.parametrize(
+    "gemm",
+    [
+        pytest.param("native", marks=gcc),
+        pytest.param("onednn", marks=here),
+    ],
+)
+
+
+@gcc
+def test_auto_multiplies_by_our_own_products():
+    config = network(256, "auto")
+    assert resolve_compute(config, jax.devices()[0]).gemm == "native"
+    found = resolve_compute(config, jax.devices()[0], alone=False).gemm
+    assert found == ("onednn" if has_onednn(jax.devices()[0]) else "ynnpack")
+
+
+@kinds
+def test_the_step_multiplies_by_what_it_was_told_and_twice_the_same(gemm):
+    text, (first, again) = compiled(gemm)
+    for kind, name in PRODUCTS.items():
+        assert (text.count(name) > 20) if kind == gemm else name not in text
     for a, b in zip(*map(jax.tree.leaves, (first, again)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@here
-def test_onednn_and_ynnpack_agree_on_a_step():
-    (_, mine), (text, other) = compiled("onednn"), compiled("ynnpack")
-    assert "__onednn" not in text
+@kinds
+def test_a_step_agrees_with_xlas_own_products(gemm):
+    (_, (mine, _)), (text, (other, _)) = compiled(gemm), compiled("ynnpack")
+    assert not any(name in text for name in PRODUCTS.values())
     for a, b in zip(*map(jax.tree.leaves, (mine["opt"], other["opt"])), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
-@here
-def test_no_warning_that_a_step_with_onednn_cannot_be_cached(tmp_path):
-    # Warnings are errors here; jax's own ends the compilation.
+@pytest.fixture
+def cache(tmp_path):
+    """JAX's cache of compiled programs, in a folder of its own."""
     names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
     before = {f"jax_{name}": jax.config.values[f"jax_{name}"] for name in names}
     jax.clear_caches()
+    compilation_cache.reset_cache()  # or it stays in the folder of its first use
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        compiled("onednn")
-        kept = {path.name.split("-")[0] for path in tmp_path.iterdir()}
-        assert "jit_init" in kept and "jit_train_step" not in kept
+        yield tmp_path
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def kept(cache):
+    return {path.name.split("-")[0] for path in cache.iterdir()}
+
+
+@here
+def test_no_warning_that_a_step_with_onednn_cannot_be_cached(cache):
+    # Warnings are errors here; jax's own ends the compilation.
+    compiled.__wrapped__("onednn", dim=32)
+    assert "jit_init" in kept(cache) and "jit_train_step" not in kept(cache)
+
+
+@gcc
+def test_a_step_with_our_own_products_is_read_from_the_cache(cache):
+    _, (first, _) = compiled.__wrapped__("native", dim=32)
+    assert "jit_train_step" in kept(cache)
+    files, read = sorted(cache.iterdir()), []
+
+    def note(event, **_):
+        read.append(event)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_listener(note)
+    try:
+        _, (again, _) = compiled.__wrapped__("native", dim=32)
+    finally:
+        jax.monitoring.unregister_event_listener(note)
+    assert "/jax/compilation_cache/cache_hits" in read
+    assert "/jax/compilation_cache/cache_misses" not in read
+    assert sorted(cache.iterdir()) == files
+    for a, b in zip(*map(jax.tree.leaves, (first, again)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @here
