@@ -210,7 +210,8 @@ def _apart_backward(
     drstd_M = jnp.sum(dx_MD * x_MD.astype(stat), axis=-1) / rstd_M
     dh_MD = (dh_MD.astype(stat) + dx_MD).astype(dh_MD.dtype)
     if static.ours:
-        dgate_up = tuple(multiply("tn", x_MD, dy) for dy in (dgate_MF, dup_MF))
+        dgate_DF = multiply("tn", x_MD, dgate_MF)
+        dgate_up = dgate_DF, multiply("tn", x_MD, dup_MF)
         return dh_MD, Piece(dgate_up, ddown_FD), drstd_M
     # As sums over the tokens of both factors these take longer; one copy serves both.
     x_DM = jax.lax.optimization_barrier(x_MD.T)

@@ -53,9 +53,8 @@ def native() -> Native:
     if not {"avx2", "fma"} <= _processor():
         return Native(None, "the processor has no AVX2 and FMA")
     try:
-        library = _load(_compiled())
-        _check(library)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        library = _library()
+    except (OSError, RuntimeError, subprocess.SubprocessError, ValueError) as error:
         return Native(None, " ".join(str(error).split()))
     for name in TARGETS:
         jax.ffi.register_ffi_target(
@@ -89,41 +88,53 @@ def alone(library: ctypes.CDLL, kind: str, a, b, add=None) -> np.ndarray:
     return out
 
 
-def _compiled() -> Path:
-    """The compiled library's path.
+def _library() -> ctypes.CDLL:
+    """The compiled kernels: from the cache folder, or, where that cannot be written or
+    holds what cannot be used, from a folder that is gone once they are loaded."""
+    try:
+        path = _compiled()
+        try:
+            return _checked(path)
+        except (OSError, ValueError):
+            path.unlink()  # damaged: the next start makes it anew
+    except (OSError, RuntimeError):
+        pass
+    with tempfile.TemporaryDirectory(prefix="jaxllm-") as folder:
+        return _checked(_compiled(Path(folder)))
 
-    Raises: OSError, subprocess.SubprocessError, ValueError if it cannot be made.
+
+def _compiled(folder: Path | None = None) -> Path:
+    """The compiled library's path in `folder`, or the user's cache folder.
+
+    Raises: OSError or RuntimeError if the folder cannot be used,
+    subprocess.SubprocessError or ValueError if there is nothing that compiles.
     """
     compiler = shutil.which(os.environ.get("CC", "gcc"))
     if compiler is None:
         raise ValueError("there is no GCC (the variable CC may name it)")
     version = _run([compiler, "--version"])
     include = Path(jax.ffi.include_dir())
-    header = include / "xla/ffi/api/c_api.h"
-    key = hashlib.sha256()
     sources = sorted(SOURCES.glob("*.c"))
-    for path in (*sources, *sorted(SOURCES.glob("*.h")), header):
+    headers = *sorted(SOURCES.glob("*.h")), include / "xla/ffi/api/c_api.h"
+    key = hashlib.sha256()
+    for path in (*sources, *headers):
         key.update(hashlib.sha256(path.read_bytes()).digest())
     key.update(" ".join((compiler, version, *FLAGS, *sorted(_processor()))).encode())
-    name = f"kernels-{key.hexdigest()[:32]}.so"
-    for folder in (_cache_folder(), Path(tempfile.mkdtemp(prefix="jaxllm-"))):
-        path = folder / name
-        if path.exists():
-            return path
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
-            os.close(handle)
-        except OSError:  # a home that cannot be written
-            continue
-        try:
-            _run([compiler, *FLAGS, f"-I{include}", *map(str, sources), "-o", made])
-            os.chmod(made, 0o755)
-            os.replace(made, path)  # whoever starts at the same time makes the same
-            return path
-        finally:
-            Path(made).unlink(missing_ok=True)
-    raise ValueError("no folder to compile in can be written")
+    folder = folder or _cache_folder()
+    path = folder / f"kernels-{key.hexdigest()[:32]}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(handle)
+    try:
+        files = map(str, sources)
+        _run([compiler, *FLAGS, f"-I{include}", *files, "-o", made, "-lm"])
+        os.chmod(made, 0o755)
+        os.replace(made, path)  # whoever starts at the same time makes the same
+    finally:
+        Path(made).unlink(missing_ok=True)
+    return path
 
 
 def _cache_folder() -> Path:
@@ -141,8 +152,17 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
+def _checked(path: Path) -> ctypes.CDLL:
+    library = _load(path)
+    _check(library)
+    return library
+
+
 def _load(path: Path) -> ctypes.CDLL:
+    """Raises: OSError, ValueError if it is no such library."""
     library = ctypes.CDLL(str(path))
+    if missing := [name for name in TARGETS if not hasattr(library, name)]:
+        raise ValueError(f"{path} has no {missing[0]}")
     library.gemm_scratch.argtypes = [ctypes.c_long] * 3
     library.gemm_scratch.restype = ctypes.c_long
     library.gemm_alone.argtypes = (
