@@ -132,7 +132,7 @@ def network(dim: int, gemm: Any):
 
 @functools.cache
 def compiled(gemm, dim=256):
-    """A step's text, and its state after three steps, twice."""
+    """A step's text, its state after one step, and after three, twice."""
     config = network(dim, gemm)
     mesh = make_mesh(config.parallel, jax.devices()[:1])
     program = build(config, mesh, total_steps=9)
@@ -143,13 +143,14 @@ def compiled(gemm, dim=256):
     }  # fmt: skip
     batch = to_device(program, batch, parts=2)
     step = program.train_step.lower(program.abstract_state, batch).compile()
-    states = []
-    for _ in range(2):
+
+    def after(steps):
         state = program.init()
-        for _ in range(3):
+        for _ in range(steps):
             state, _ = step(state, batch)
-        states.append(jax.tree.map(np.asarray, state))
-    return str(step.as_text()), states
+        return jax.tree.map(np.asarray, state)
+
+    return str(step.as_text()), after(1), (after(3), after(3))
 
 
 PRODUCTS = {"native": "jaxllm_gemm_", "onednn": '"kind":"__onednn_fusion"'}
@@ -173,7 +174,7 @@ def test_auto_multiplies_by_our_own_products():
 
 @kinds
 def test_the_step_multiplies_by_what_it_was_told_and_twice_the_same(gemm):
-    text, (first, again) = compiled(gemm)
+    text, _, (first, again) = compiled(gemm)
     for kind, name in PRODUCTS.items():
         assert (text.count(name) > 20) if kind == gemm else name not in text
     for a, b in zip(*map(jax.tree.leaves, (first, again)), strict=True):
@@ -182,10 +183,11 @@ def test_the_step_multiplies_by_what_it_was_told_and_twice_the_same(gemm):
 
 @kinds
 def test_a_step_agrees_with_xlas_own_products(gemm):
-    (_, (mine, _)), (text, (other, _)) = compiled(gemm), compiled("ynnpack")
+    # One step: three take each of them, XLA's own too, up to 5e-5 from float64.
+    (_, mine, _), (text, other, _) = compiled(gemm), compiled("ynnpack")
     assert not any(name in text for name in PRODUCTS.values())
     for a, b in zip(*map(jax.tree.leaves, (mine["opt"], other["opt"])), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+        assert np.linalg.norm(a - b) <= 5e-6 * np.linalg.norm(b)  # 9.3e-7
 
 
 @pytest.fixture
@@ -218,7 +220,7 @@ def test_no_warning_that_a_step_with_onednn_cannot_be_cached(cache):
 
 @gcc
 def test_a_step_with_our_own_products_is_read_from_the_cache(cache):
-    _, (first, _) = compiled.__wrapped__("native", dim=32)
+    _, _, (first, _) = compiled.__wrapped__("native", dim=32)
     assert "jit_train_step" in kept(cache)
     files, read = sorted(cache.iterdir()), []
 
@@ -228,7 +230,7 @@ def test_a_step_with_our_own_products_is_read_from_the_cache(cache):
     jax.clear_caches()
     jax.monitoring.register_event_listener(note)
     try:
-        _, (again, _) = compiled.__wrapped__("native", dim=32)
+        _, _, (again, _) = compiled.__wrapped__("native", dim=32)
     finally:
         jax.monitoring.unregister_event_listener(note)
     assert "/jax/compilation_cache/cache_hits" in read
