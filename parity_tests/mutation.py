@@ -49,7 +49,7 @@ def attempt(mutant: Mutant) -> Kill:
     """
     precision = PRECISIONS[mutant.precision]
     bound, seed = gate(mutant.rung, precision), RUNGS[mutant.rung].seeds[0]
-    with _compiled_cheaply(), planted(mutant):
+    with compiled_cheaply(), planted(mutant):
         try:
             found = measure(mutant.rung, precision, seed)
         except (AssertionError, TypeError, ValueError) as error:
@@ -59,7 +59,8 @@ def attempt(mutant: Mutant) -> Kill:
 
 
 @contextlib.contextmanager
-def _compiled_cheaply() -> Iterator[None]:
+def compiled_cheaply() -> Iterator[None]:
+    """Compiles with few optimizations inside the block."""
     name = "jax_disable_most_optimizations"
     before = jax.config.read(name)
     jax.config.update(name, True)
