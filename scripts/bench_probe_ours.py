@@ -22,8 +22,13 @@ from bench_common import (  # isort: skip
     token_ids,
 )
 from bench_probe import PASSES, Item, measure, products, timed  # isort: skip
+from jaxllm.kernels.heads import join, split  # isort: skip
+from jaxllm.kernels.product import product  # isort: skip
 from jaxllm.train.compiler import compiler_options  # isort: skip
 from jaxllm.train.step import resolve_compute  # isort: skip
+
+KINDS = {"MI,IO->MO": "nn", "MO,IO->MI": "nt", "MI,MO->IO": "tn"}
+"""The passes' products, as product() names them."""
 
 
 class Ours:
@@ -68,6 +73,7 @@ class Ours:
         device = jax.devices()[0]
         chosen = resolve_compute(run_config(self.shape, self.batch), device)
         options = compiler_options(chosen, device)
+        ours = chosen.gemm == "native"
         for name, (i, o) in products(self.shape).items():
             operands = {"MI": (self.tokens, i), "IO": (i, o), "MO": (self.tokens, o)}
             for label, (form, _) in PASSES.items():
@@ -77,11 +83,10 @@ class Ours:
                         self.random(*operands[term], seed=number)
                         for number, term in enumerate(form.split("->")[0].split(","))
                     )
-                    product = jax.jit(
-                        functools.partial(jnp.einsum, form), compiler_options=options
-                    )
+                    multiply = functools.partial(product, KINDS[form], ours=ours)
+                    call = jax.jit(multiply, compiler_options=options)
                     flops = 2.0 * self.tokens * i * o
-                    return timed(lambda: product(a, b), self.wait, flops)
+                    return timed(lambda: call(a, b), self.wait, flops)
 
                 yield f"{name} {label}", run
 
@@ -187,6 +192,13 @@ class Ours:
             group = q.shape[2] // k.shape[2]
             return q + jnp.repeat(k, group, axis=2) + jnp.repeat(v, group, axis=2)
 
+        def no_attend(n, k, _, qkv, *factors):
+            return jax.vjp(no_attention, *split(n, k, qkv, *factors))
+
+        def no_attend_backward(_, kept, *factors_and_dout):
+            *factors, dout = factors_and_dout
+            return join(kept(dout), *factors)
+
         def no_loss(h, head, *_, **__):
             # The head's gradient is needed in some form, or its update goes too.
             return jnp.sum(h.astype(jnp.float32)) * 1e-6 + jnp.sum(head) * 0.0
@@ -203,7 +215,8 @@ class Ours:
             "without loss": [(step, "cross_entropy", no_loss)],
             "without optimizer": [(optim, "update", no_update)],
             "without attention": [(model, "attention", no_attention),
-                                  (layer, "attention", no_attention)],
+                                  (layer, "attend", no_attend),
+                                  (layer, "attend_backward", no_attend_backward)],
         }.items():  # fmt: skip
 
             def run(patches=patches):
