@@ -56,8 +56,9 @@ def shapes(seed):
     return [every[i] for i in rng.permutation(len(every))]
 
 
-def factors(kind, m, n, k, draw, *, add):
+def factors(kind, shape, draw, *, add) -> tuple[tuple[Any, ...], Any]:
     """A product's arrays as the kernel takes them, and what it should be."""
+    m, n, k = shape
     a, b, added = (draw(shape).astype(np.float32) for shape in ((m, k), (k, n), (m, n)))
     truth = a.astype(np.float64) @ b + (added if add else 0)
     a = np.ascontiguousarray(a.T) if kind[0] == "t" else a
@@ -72,7 +73,7 @@ def cases(seed, *, whole=True):
     draw = (lambda shape: rng.integers(-8, 9, shape)) if whole else rng.standard_normal
     ways = itertools.cycle(itertools.product(KINDS, (False, True)))
     return [
-        (kind, *factors(kind, *shape, draw, add=add))
+        (kind, *factors(kind, shape, draw, add=add))
         for shape, (kind, add) in zip(shapes(seed), ways, strict=False)
     ]
 
@@ -101,7 +102,7 @@ def test_products_of_every_edge_are_right(library):
 def test_products_round_as_little_as_numpys(library):
     rng = np.random.default_rng(1)
     for kind, shape in zip(KINDS, LARGE, strict=True):
-        arrays, truth = factors(kind, *shape, rng.standard_normal, add=True)
+        arrays, truth = factors(kind, shape, rng.standard_normal, add=True)
         a, b = (x.T if t == "t" else x for x, t in zip(arrays, kind, strict=False))
         theirs = np.linalg.norm(a @ b + arrays[2] - truth)
         mine = np.linalg.norm(alone(library, kind, *arrays) - truth)
@@ -219,7 +220,7 @@ def test_large_ones_are_shared_out_and_do_not_depend_on_who_takes_what():
     draw = np.random.default_rng(1).standard_normal
     call = jax.jit(lambda kind, *x: product(kind, *x, ours=True), static_argnums=0)
     for kind, shape in zip(KINDS, LARGE, strict=True):
-        arrays, _ = factors(kind, *shape, draw, add=True)
+        arrays, _ = factors(kind, shape, draw, add=True)
         one_thread = alone(library, kind, *arrays)
         for _ in range(10):
             np.testing.assert_array_equal(call(kind, *arrays), one_thread)
