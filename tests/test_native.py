@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import os
+import platform
 import pwd
 import re
 import shutil
@@ -90,6 +92,17 @@ def library(request, tmp_path_factory):
         patch.setattr(native, "FLAGS", AVX2)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("avx2")))
         return native._load(native._compiled())
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64")
+    or not {"avx2", "fma"} <= native._processor()
+    or shutil.which(os.environ.get("CC", "gcc")) is None,
+    reason="it is for GCC on Linux, and a processor with AVX2",
+)
+def test_it_is_there_where_gcc_is():
+    """Or the tests below would pass over a kernel that is wrong."""
+    assert native.native().library is not None, native.native().problem
 
 
 def test_products_of_every_edge_are_right(library):
