@@ -44,6 +44,16 @@ static inline vec exp_of(vec x) {
   return pick(number, pick(under, zero, (vec)((lanes)p + bits)), nan);
 }
 
+static inline float dot(const float *x, const float *y, long n) {
+  vec sums = {0};
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) sums += load(x + i) * load(y + i);
+  float sum = 0;
+  for (int l = 0; l < LANES; l++) sum += sums[l];
+  for (; i < n; i++) sum += x[i] * y[i];
+  return sum;
+}
+
 /* A piece of the thread's own memory, aligned. */
 static float *take(float **next, long floats) {
   float *taken = *next;
@@ -91,7 +101,7 @@ typedef struct {
   float *q, *q_by_h, *dout, *dout_by_h; /* one panel of queries: (NR, H), (H, NR) */
   float *scores, *dscores, *turned_round; /* (keys, NR); panels (NR, MR) of keys */
   float *q_by_q, *dout_by_q;    /* panels (NR queries, NR) of head dims */
-  float *columns, *dk, *dv;     /* (wide, NR); (T, H) */
+  float *columns, *dk, *dv;     /* (wide, NR); (keys, H) */
 } Part;
 
 static const float *table(const Attention *a, const float *x, long row, long t) {
@@ -110,7 +120,7 @@ static int begin(Part *p, const Attention *a, long number, int backward) {
   *p = (Part){.all = a, .row = number / a->k, .head = number % a->k};
   p->keys = ceil_div(t, MR) * MR, p->wide = ceil_div(h, MR) * MR;
   long heads = ceil_div(h, NR) * NR, pad = ALIGN;
-  long need = 4 * (t * h + pad) + 2 * (p->keys * h + pad) + 2 * (p->wide * t + pad) +
+  long need = 2 * (t * h + pad) + 4 * (p->keys * h + pad) + 2 * (p->wide * t + pad) +
               4 * (NR * h + pad) + 3 * (p->keys * NR + pad) + 2 * (NR * heads + pad) +
               p->wide * NR + pad;
   float *next = own_memory(need);
@@ -124,7 +134,7 @@ static int begin(Part *p, const Attention *a, long number, int backward) {
   p->turned_round = take(&next, p->keys * NR);
   p->q_by_q = take(&next, NR * heads), p->dout_by_q = take(&next, NR * heads);
   p->columns = take(&next, p->wide * NR);
-  p->dk = take(&next, t * h), p->dv = take(&next, t * h);
+  p->dk = take(&next, p->keys * h), p->dv = take(&next, p->keys * h);
 
   long group = a->n / a->k;
   for (long s = 0; s < t; s++) {
@@ -140,8 +150,8 @@ static int begin(Part *p, const Attention *a, long number, int backward) {
   }
   if (backward) {
     pack_columns(p->k_rows, h, h, h + LANES, t, p->k_by_s, MR);
-    memset(p->dk, 0, t * h * sizeof(float));
-    memset(p->dv, 0, t * h * sizeof(float));
+    memset(p->dk, 0, p->keys * h * sizeof(float));
+    memset(p->dv, 0, p->keys * h * sizeof(float));
   } else {
     pack_columns(p->v_rows, h, h, h + LANES, t, p->v_by_s, MR);
   }
@@ -164,26 +174,27 @@ static void take_queries(const Part *p, long g, long t0, long rows) {
 static void by_keys(const Part *p, const float *a, const float *b, long keys, float *c) {
   long h = p->all->h;
   for (long s = 0; s < keys; s += MR)
-    tile(h, a + s * h, b, c + s * NR, NULL, NR, MR, NR);
+    tile(h, a + s * h, b, c + s * NR, NULL, NR, MR, NR, 0);
 }
 
 /* columns (wide, NR) from panels (T, MR) of head dims and (keys, NR). */
 static void by_head_dims(const Part *p, const float *a, const float *b, long keys) {
   for (long h = 0; h < p->wide; h += MR)
-    tile(keys, a + h * p->all->t, b, p->columns + h * NR, NULL, NR, MR, NR);
+    tile(keys, a + h * p->all->t, b, p->columns + h * NR, NULL, NR, MR, NR, 0);
 }
 
-/* Adds x^T y to sums (T, H): x (keys, NR queries) as panels, y (NR queries, H) too. */
+/* Adds x^T y to sums (whole panels of keys, H): x (keys, NR queries) is zero behind the
+   last key, y panels (NR queries, NR) of head dims. */
 static void add_outer(const Part *p, const float *x, const float *y, long keys,
                       long rows, float *sums) {
   long h = p->all->h;
   for (long s = 0; s < keys; s += MR)
-    pack_rows(x + s * NR, NR, min(MR, keys - s), NR, p->turned_round + s * NR, MR);
+    pack_rows(x + s * NR, NR, MR, NR, p->turned_round + s * NR, MR);
   for (long from = 0; from < h; from += NR)
     for (long s = 0; s < keys; s += MR) {
       float *at = sums + s * h + from;
-      tile(rows, p->turned_round + s * NR, y + from * rows, at, at, h,
-           min(MR, keys - s), min(NR, h - from));
+      tile(rows, p->turned_round + s * NR, y + from * rows, at, at, h, MR,
+           min(NR, h - from), 0);
     }
 }
 
@@ -257,10 +268,8 @@ static int backward(void *data, long number) {
       take_queries(p, g, t0, rows);
       for (long i = 0; i < rows; i++) {
         long at = ((p->row * t + t0 + i) * a->n + head) * h;
-        float sum = 0;
-        for (long x = 0; x < h; x++) sum += a->dout[at + x] * a->out[at + x];
         memcpy(p->dout + i * h, a->dout + at, h * sizeof(float));
-        along[i] = sum, tops[i] = top[t0 + i], inverses[i] = inverse[t0 + i];
+        along[i] = dot(a->dout + at, a->out + at, h), tops[i] = top[t0 + i], inverses[i] = inverse[t0 + i];
       }
       pack_rows(p->dout, h, rows, h, p->dout_by_h, NR);
       pack_columns(p->q, h, h, h + LANES, rows, p->q_by_q, NR);
@@ -278,6 +287,10 @@ static int backward(void *data, long number) {
           store(at, prob);
           store(to, prob * (load(to) - sum));
         }
+      }
+      for (long s = keys; s % MR; s++) {
+        memset(p->scores + s * NR, 0, NR * sizeof(float));
+        memset(p->dscores + s * NR, 0, NR * sizeof(float));
       }
       by_head_dims(p, p->k_by_s, p->dscores, keys);
       add_outer(p, p->dscores, p->q_by_q, keys, rows, p->dk);

@@ -63,7 +63,7 @@ static inline void put(const Gemm *g, long i, long j, long k0, long k, const flo
   long at = i * MR * g->n + j * NR;
   const float *add = k0 ? g->c : g->add;
   tile(k, a, b, g->c + at, add ? add + at : NULL, g->n, min(MR, g->m - i * MR),
-       min(NR, g->n - j * NR));
+       min(NR, g->n - j * NR), 1);
 }
 
 /* Copies a share of the factor that is cut, and computes what it is part of. */

@@ -101,14 +101,15 @@ static inline void pack_columns(const float *x, long stride, long width, long af
 }
 
 /* c (rows, columns), rows `stride` apart, = panel a (k, MR) times panel b (k, NR), plus
-   `add`, which lies like c, where it is given. */
-static inline void tile(long k, const float *restrict a, const float *restrict b,
-                        float *c, const float *add, long stride, long rows,
-                        long columns) {
+   `add`, which lies like c, where it is given. `far` says that c, add and b are not in
+   the first caches. */
+static inline __attribute__((always_inline)) void tile(
+    long k, const float *restrict a, const float *restrict b, float *c,
+    const float *add, long stride, long rows, long columns, int far) {
   vec sums[MR][2];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++) sums[i][0] = sums[i][1] = (vec){0};
-  for (long i = 0; i < rows; i++) { /* on their way while the sums are made */
+  for (long i = 0; far && i < rows; i++) { /* on their way while the sums are made */
     __builtin_prefetch(c + i * stride, 1);
     __builtin_prefetch(c + i * stride + columns - 1, 1);
     if (add && add != c) {
@@ -118,9 +119,11 @@ static inline void tile(long k, const float *restrict a, const float *restrict b
   }
   for (long j = 0; j < k; j++) {
     vec b0 = load(b), b1 = load(b + LANES);
-    __builtin_prefetch(a + AHEAD * MR);
-    __builtin_prefetch(b + AHEAD * NR);
-    __builtin_prefetch(b + AHEAD * NR + LANES);
+    if (far) {
+      __builtin_prefetch(a + AHEAD * MR);
+      __builtin_prefetch(b + AHEAD * NR);
+      __builtin_prefetch(b + AHEAD * NR + LANES);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
       vec x = a[i] - (vec){0};
