@@ -31,6 +31,7 @@ from jaxllm.kernels.native import KINDS, alone, has_native
 from jaxllm.kernels.product import product, times_transposed
 from jaxllm.train import compiler
 from jaxllm.train.compiler import compiler_options
+from jaxllm.train.load import for_device
 from jaxllm.train.sharding import make_mesh
 from jaxllm.train.step import build
 
@@ -555,3 +556,14 @@ def test_a_step_of_several_devices_refuses_it_before_it_is_compiled():
     with pytest.raises(ValueError, match="compute.gemm=native.*several devices.*auto"):
         mesh = make_mesh(ParallelConfig(2, 1, 1), jax.devices()[:2])
         build(config, mesh, total_steps=9)
+
+
+def test_a_run_that_asked_for_it_is_read_where_there_is_none(monkeypatch):
+    asked = dataclasses.replace(OURS, attention="native")
+    auto = dataclasses.replace(OURS, gemm="auto", attention="auto")
+    for library, read in ((SimpleNamespace(), asked), (None, auto)):
+        monkeypatch.setattr(native, "native", lambda x=library: native.Native(x))
+        assert for_device(asked, CPU) == read
+        assert for_device(asked, GPU) == auto
+    other = ComputeConfig(gemm="ynnpack", attention="plain")
+    assert for_device(other, GPU) == other

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import ComputeConfig, RunConfig
+from jaxllm.kernels.native import has_native
 from jaxllm.model import Transformer
 from jaxllm.train.checkpoint import Checkpoints
 from jaxllm.train.run_folder import RunFolder
@@ -39,7 +40,17 @@ def load_params(
 
 def network(config: RunConfig) -> Any:
     """The graph of a run's network, as it is computed on the first device."""
-    compute = resolve_compute(config, jax.devices()[0])
+    device = jax.devices()[0]
+    config = replace(config, compute=for_device(config.compute, device))
+    compute = resolve_compute(config, device)
     return nnx.split(
         nnx.eval_shape(lambda: Transformer(config.model, compute, rngs=nnx.Rngs(0)))
     )[0]
+
+
+def for_device(compute: ComputeConfig, device: Any) -> ComputeConfig:
+    """The settings of a run that was trained elsewhere: what asks for kernels that
+    `device` does not have is auto."""
+    names = () if has_native(device) else ("gemm", "attention")
+    lacking = {name: "auto" for name in names if getattr(compute, name) == "native"}
+    return replace(compute, **lacking)
