@@ -561,7 +561,8 @@ def test_a_step_of_several_devices_refuses_it_before_it_is_compiled():
 def test_a_run_that_asked_for_it_is_read_where_there_is_none(monkeypatch):
     asked = dataclasses.replace(OURS, attention="native")
     auto = dataclasses.replace(OURS, gemm="auto", attention="auto")
-    for library, read in ((SimpleNamespace(), asked), (None, auto)):
+    there: Any = SimpleNamespace()
+    for library, read in ((there, asked), (None, auto)):
         monkeypatch.setattr(native, "native", lambda x=library: native.Native(x))
         assert for_device(asked, CPU) == read
         assert for_device(asked, GPU) == auto
