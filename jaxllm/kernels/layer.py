@@ -206,7 +206,10 @@ def _apart_backward(
     dgate_MF, dup_MF = _swiglu_backward(gate_up, rstd_M, dact_MF)
     gate_DF, up_DF = piece.gate_up
     dx_MD = multiply("nt", dgate_MF, gate_DF).astype(stat)
-    dx_MD = multiply("nt", dup_MF, up_DF, dx_MD)
+    if static.ours:
+        dx_MD = multiply("nt", dup_MF, up_DF, dx_MD)
+    else:
+        dx_MD = dx_MD + multiply("nt", dup_MF, up_DF).astype(stat)
     drstd_M = jnp.sum(dx_MD * x_MD.astype(stat), axis=-1) / rstd_M
     dh_MD = (dh_MD.astype(stat) + dx_MD).astype(dh_MD.dtype)
     if static.ours:
