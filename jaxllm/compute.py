@@ -1,12 +1,15 @@
 """How the network is computed, and what is best on which device."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxllm.fields import require_choices, require_int
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+OURS = ("amx", "native")
+"""The values of gemm that are products of our own."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,16 @@ class ComputeConfig:
     GPU where act is kept (remat=none). Elsewhere it costs more than it spares: act is
     recomputed in the kernel of its gradients only while those are two arrays, and a CPU
     copies what is joined."""
-    gemm: Literal["auto", "cublas", "triton", "native", "onednn", "ynnpack"] = "auto"
+    gemm: Literal["auto", "cublas", "triton", "amx", "native", "onednn", "ynnpack"] = (
+        "auto"
+    )
     """Matrix products of training. On a GPU cuBLAS alone, which adds them to the
     residual stream in one go, or XLA's Triton kernels too, the faster of the two; auto
-    is cublas for the fused layer. On a CPU our own, which GCC compiles there (native),
-    oneDNN, or what XLA takes by itself (ynnpack); auto is the first of these that there
-    is, for float32 and a dim of 256 or more: native for the fused layer on one device,
-    onednn where XLA is known to have it."""
+    is cublas for the fused layer. On a CPU our own, which GCC compiles there, from six
+    products of bfloat16 each (amx) or in float32 (native), oneDNN, or what XLA takes by
+    itself (ynnpack); auto is the first of these that there is, for float32 and a dim of
+    256 or more: amx and native for the fused layer on one device, onednn where XLA is
+    known to have it."""
     logits_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the logits in training; auto is at least float32. What is done with
     them is computed in at least float32 either way."""
@@ -67,6 +73,11 @@ class ComputeConfig:
         require_int("compute.loss_chunk", self.loss_chunk, at_least=1)
         require_int("compute.unroll", self.unroll, at_least=0)
 
+    @property
+    def ours(self) -> str:
+        """The method of our own products, where those are taken."""
+        return self.gemm if self.gemm in OURS else ""
+
     def resolve(
         self,
         *,
@@ -76,13 +87,12 @@ class ComputeConfig:
         dim: int = 0,
         platform: str = "cpu",
         compute_capability: float = 0.0,
-        onednn: bool = False,
-        native: bool = False,
+        has: Callable[[str], bool] = lambda gemm: False,
     ) -> "ComputeConfig":
         """Replaces every auto by the choice for a device.
 
         `platform` is "cpu" or "gpu"; `compute_capability` is NVIDIA's (8.0 is Ampere);
-        `native` and `onednn` say whether there are such products there.
+        `has` says whether amx, native or onednn is there, and is asked if it matters.
 
         Raises: ValueError for a kernel that the device does not have.
         """
@@ -111,12 +121,11 @@ class ComputeConfig:
             if cpu:
                 dtypes = {compute, self.residual_dtype, self.logits_dtype}
                 large = dim >= 256 and dtypes <= {"auto", "float32"}
-                fitting = "native" if native and layer == "fused" else "onednn"
-                if not large or (fitting == "onednn" and not onednn):
-                    fitting = "ynnpack"
-                gemm = fitting
+                names = (*(OURS if layer == "fused" else ()), "onednn")
+                fitting = (name for name in names if large and has(name))
+                gemm = next(fitting, "ynnpack")
         attention = "blocked" if cpu else "plain"
-        if gemm == "native":
+        if gemm in OURS:
             attention = "native"
         widest = 256 if compute_capability >= 9.0 else 128  # for cuDNN
         if ampere and half and head_dim % 8 == 0 and head_dim <= widest:

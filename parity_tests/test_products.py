@@ -20,6 +20,7 @@ from parity_tests.rungs_training import Run, paired
 WIDE = dataclasses.replace(TINY, dim=256, n_heads=8, n_kv_heads=4, head_dim=32)
 CUT = dataclasses.replace(TINY, vocab_size=96)
 KINDS: dict[str, dict] = {
+    "amx": {"layer": "fused", "attention": "native", "gemm": "amx"},
     "native": {"layer": "fused", "attention": "native", "gemm": "native"},
     "onednn": {"layer": "fused", "attention": "blocked", "gemm": "onednn"},
 }
@@ -32,6 +33,9 @@ RUNS = {
 }
 native = pytest.mark.skipif(
     not has_native(jax.devices()[0]), reason="our own kernel cannot be compiled here"
+)
+amx = pytest.mark.skipif(
+    not has_native(jax.devices()[0], "amx"), reason="the processor has no AMX"
 )
 onednn = pytest.mark.skipif(
     not has_onednn(jax.devices()[0]), reason="XLA is not known to have oneDNN here"
@@ -48,6 +52,7 @@ def compared(run: Run, kind: str) -> dict[str, Difference]:
     ("kind", "run"),
     [
         # Our own are for one device.
+        *(pytest.param("amx", run, marks=amx) for run in ("tiny", "wide")),
         *(pytest.param("native", run, marks=native) for run in ("tiny", "wide")),
         *(pytest.param("onednn", run, marks=onednn) for run in RUNS),
     ],
@@ -64,11 +69,11 @@ MUTANTS = (
     Mutant("up's matrix learns from gate", _APART, 'multiply("tn", x_MD, dup_MF)',
            "dgate_DF", ""),
     Mutant("down's matrix learns too little", "kernels.layer:_down_gradient",
-           'product("tn", act_MF, dy_MD, ours=True)',
-           'product("tn", act_MF, 0.999 * dy_MD, ours=True)', ""),
+           'product("tn", act_MF, dy_MD, ours=static.ours)',
+           'product("tn", act_MF, 0.999 * dy_MD, ours=static.ours)', ""),
     Mutant("the head learns nothing", "kernels.cross_entropy:_plain",
-           "times_transposed(h_MD, head_VD)",
-           "times_transposed(h_MD, jax.lax.stop_gradient(head_VD))", ""),
+           "times_transposed(h_MD, head_VD, ours)",
+           "times_transposed(h_MD, jax.lax.stop_gradient(head_VD), ours)", ""),
 )  # fmt: skip
 """Of what only a step with our own products runs, so that no rung notices."""
 

@@ -12,7 +12,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxllm.config import ComputeConfig, ModelConfig, RunConfig, TrainConfig
-from jaxllm.kernels.native import has_native
+from jaxllm.kernels.native import has_native, native
+from jaxllm.kernels.processor import features
 from jaxllm.train import compiler
 from jaxllm.train.compiler import compiler_options, has_onednn
 from jaxllm.train.sharding import make_mesh
@@ -30,6 +31,9 @@ here = pytest.mark.skipif(
 gcc = pytest.mark.skipif(
     not has_native(jax.devices()[0]), reason="our own kernel cannot be compiled here"
 )
+tiles = pytest.mark.skipif(
+    not has_native(jax.devices()[0], "amx"), reason="the processor has no AMX"
+)
 
 
 @pytest.fixture
@@ -37,8 +41,8 @@ def machine(monkeypatch, tmp_path):
     """A Linux machine on which oneDNN is known to work; the path of its cpuinfo."""
     path = tmp_path / "cpuinfo"
     path.write_text("processor\t: 0\n" + FLAGS)
-    processor = compiler._processor
-    monkeypatch.setattr(compiler, "_processor", lambda: processor(path))
+    read = features.__wrapped__
+    monkeypatch.setattr(compiler, "features", lambda: read(path))
     monkeypatch.setattr(compiler.sys, "platform", "linux")
     monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
@@ -91,8 +95,8 @@ def test_auto_takes_onednn_for_large_float32_products_on_a_cpu():
     def chosen(*, dim=256, platform="cpu", onednn=True, **given: Any):
         compute = ComputeConfig(**given)
         return compute.resolve(
-            n_layers=2, dim=dim, platform=platform, onednn=onednn,
-            compute_capability=9.0,
+            n_layers=2, dim=dim, platform=platform, compute_capability=9.0,
+            has=lambda gemm: onednn and gemm == "onednn",
         ).gemm  # fmt: skip
 
     assert chosen() == "onednn"
@@ -153,11 +157,16 @@ def compiled(gemm, dim=256):
     return str(step.as_text()), after(1), (after(3), after(3))
 
 
-PRODUCTS = {"native": "jaxllm_gemm_", "onednn": '"kind":"__onednn_fusion"'}
+PRODUCTS = {
+    "amx": "jaxllm_amx_",
+    "native": "jaxllm_native_",
+    "onednn": '"kind":"__onednn_fusion"',
+}
 """What a CPU's step may multiply by, and how that is called in its text."""
 kinds = pytest.mark.parametrize(
     "gemm",
     [
+        pytest.param("amx", marks=tiles),
         pytest.param("native", marks=gcc),
         pytest.param("onednn", marks=here),
     ],
@@ -167,7 +176,8 @@ kinds = pytest.mark.parametrize(
 @gcc
 def test_auto_multiplies_by_our_own_products():
     config = network(256, "auto")
-    assert resolve_compute(config, jax.devices()[0]).gemm == "native"
+    best = native().methods[-1]
+    assert resolve_compute(config, jax.devices()[0]).gemm == best
     found = resolve_compute(config, jax.devices()[0], alone=False).gemm
     assert found == ("onednn" if has_onednn(jax.devices()[0]) else "ynnpack")
 

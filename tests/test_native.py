@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ from jaxllm.config import (
     TrainConfig,
 )
 from jaxllm.kernels import native
-from jaxllm.kernels.native import KINDS, alone, has_native
+from jaxllm.kernels.native import KINDS, METHODS, alone, has_native
+from jaxllm.kernels.processor import features
 from jaxllm.kernels.product import product, times_transposed
 from jaxllm.train import compiler
 from jaxllm.train.compiler import compiler_options
@@ -36,16 +37,26 @@ from jaxllm.train.sharding import make_mesh
 from jaxllm.train.step import build
 
 AVX2 = ("-O3", "-mavx2", "-mfma", "-mno-avx512f", "-std=gnu11", "-fPIC", "-shared")
-SIZES = (1, 2, 5, 6, 7, 13, 14, 15, 16, 17, 31, 32, 33, 84, 85, 511, 512, 513)
-"""Around a panel of either kind of processor, what a thread takes at a time, and KC."""
+SIZES = (
+    *(1, 2, 5, 6, 7, 13, 14, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65, 84, 85),
+    *(127, 128, 129, 511, 512, 513),
+)
+"""Around a panel of any method, what a thread takes at a time, and KC."""
 LARGE = (700, 300, 900), (300, 700, 600), (500, 500, 1100)
 GPU, CPU = SimpleNamespace(platform="gpu"), SimpleNamespace(platform="cpu")
 OURS = ComputeConfig(
     compute_dtype="float32", residual_dtype="float32", logits_dtype="float32",
     layer="fused", gemm="native",
 )  # fmt: skip
+AMX = {"amx_tile", "amx_bf16", "avx512f", "avx512_bf16"}
 here = pytest.mark.skipif(
     not has_native(jax.devices()[0]), reason="the kernel cannot be compiled here"
+)
+amx = pytest.mark.skipif(
+    not has_native(jax.devices()[0], "amx"), reason="the processor has no AMX"
+)
+method = pytest.mark.parametrize(
+    "method", [pytest.param("native", marks=here), pytest.param("amx", marks=amx)]
 )
 
 
@@ -81,49 +92,78 @@ def cases(seed, *, whole=True):
     ]
 
 
-@pytest.fixture(scope="module", params=["this processor", "AVX2"])
-def library(request, tmp_path_factory):
-    """The kernel as it is compiled here, and as for a processor without AVX-512."""
-    found = native.native().library
-    if found is None:
+class Kernel(NamedTuple):
+    library: Any
+    method: str
+
+    def multiply(self, kind, *arrays):
+        return alone(self.library, kind, *arrays, method=self.method)
+
+
+@pytest.fixture(scope="module", params=[*METHODS, "AVX2"])
+def kernel(request, tmp_path_factory):
+    """Each method as it is compiled here, and native as for a processor without
+    AVX-512."""
+    found = native.native()
+    if request.param in found.methods:
+        return Kernel(found.library, request.param)
+    if request.param in METHODS or found.library is None:
         pytest.skip("the kernel cannot be compiled here")
-    if request.param == "this processor":
-        return found
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "FLAGS", AVX2)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("avx2")))
-        return native._load(native._compiled())
+        return Kernel(native._load(native._compiled()), "native")
 
 
 @pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64")
-    or not {"avx2", "fma"} <= native._processor()
+    or not {"avx2", "fma"} <= features()
     or shutil.which(os.environ.get("CC", "gcc")) is None,
     reason="it is for GCC on Linux, and a processor with AVX2",
 )
 def test_it_is_there_where_gcc_is():
     """Or the tests below would pass over a kernel that is wrong."""
     assert native.native().library is not None, native.native().problem
+    if features() >= AMX:
+        assert native.native().methods == METHODS, native.native().problem
 
 
-def test_products_of_every_edge_are_right(library):
+def test_products_of_every_edge_are_right(kernel):
     for seed in range(4):
         for kind, arrays, truth in cases(seed):
-            found = alone(library, kind, *arrays)
+            found = kernel.multiply(kind, *arrays)
             np.testing.assert_array_equal(found, truth, str((kind, truth.shape)))
 
 
-def test_products_round_as_little_as_numpys(library):
+def test_products_round_as_little_as_numpys(kernel):
+    at_most = {"native": 4, "amx": 1}[kernel.method]  # 1.4 and 0.6
     rng = np.random.default_rng(1)
     for kind, shape in zip(KINDS, LARGE, strict=True):
         arrays, truth = factors(kind, shape, rng.standard_normal, add=True)
         a, b = (x.T if t == "t" else x for x, t in zip(arrays, kind, strict=False))
         theirs = np.linalg.norm(a @ b + arrays[2] - truth)
-        mine = np.linalg.norm(alone(library, kind, *arrays) - truth)
-        assert mine < 4 * theirs, (kind, mine / theirs)
+        mine = np.linalg.norm(kernel.multiply(kind, *arrays) - truth)
+        assert mine < at_most * theirs, (kind, mine / theirs)
 
 
-def test_what_is_not_finite_stays_in_its_row_and_column(library):
+def test_small_values_beside_large_ones_keep_their_digits(kernel):
+    """Each element against the sum of its products' sizes, over 26 decimal powers."""
+    rng = np.random.default_rng(3)
+
+    def draw(shape):
+        return rng.standard_normal(shape) * 2.0 ** rng.integers(-43, 44, shape)
+
+    for kind, shape in zip(KINDS, LARGE, strict=True):
+        arrays, truth = factors(kind, shape, draw, add=False)
+        a, b = (
+            np.abs(x.T if t == "t" else x).astype(np.float64)
+            for x, t in zip(arrays, kind, strict=True)
+        )
+        error = np.abs(kernel.multiply(kind, *arrays) - truth) / (a @ b)
+        assert error.max() <= 2**-20, (kind, error.max() * 2**20)  # 0.59 and 0.72
+
+
+def test_what_is_not_finite_stays_in_its_row_and_column(kernel):
     for kind, arrays, truth in cases(9):
         a, b, *_ = (x.copy() for x in arrays)
         at, to = truth.shape[0] - 1, truth.shape[1] // 2
@@ -131,7 +171,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(library):
         (b.T if kind[1] == "t" else b)[-1, to] = np.inf
         wrong = np.zeros(truth.shape, bool)
         wrong[at], wrong[:, to] = True, True
-        found = alone(library, kind, a, b, *arrays[2:])
+        found = kernel.multiply(kind, a, b, *arrays[2:])
         np.testing.assert_array_equal(~np.isfinite(found), wrong)
 
 
@@ -139,10 +179,12 @@ GUARDED = """
 import ctypes, mmap, sys
 import numpy as np
 
-lib = ctypes.CDLL(sys.argv[1])
-lib.gemm_scratch.argtypes, lib.gemm_scratch.restype = [ctypes.c_long] * 3, ctypes.c_long
-lib.gemm_alone.argtypes = (
-    [ctypes.c_long] * 3 + [ctypes.c_void_p] * 5 + [ctypes.c_int] * 2)
+lib, method = ctypes.CDLL(sys.argv[1]), int(sys.argv[3])
+if method:
+    assert lib.gemm_has_amx()
+sizes = [ctypes.c_int] + [ctypes.c_long] * 3
+lib.gemm_scratch.argtypes, lib.gemm_scratch.restype = sizes, ctypes.c_long
+lib.gemm_alone.argtypes = sizes + [ctypes.c_void_p] * 5 + [ctypes.c_int] * 2
 libc, page, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
 
 def at_the_end(count):  # of the memory that may be touched
@@ -159,14 +201,14 @@ shapes = eval(sys.argv[2])
 for m, n, k in shapes:
     for a_by_k, b_by_n in ((0, 0), (0, 1), (1, 0)):
         for add in (True, False):
-            sizes = (m * k, k * n, m * n, m * n, lib.gemm_scratch(m, n, k))
+            sizes = (m * k, k * n, m * n, m * n, lib.gemm_scratch(method, m, n, k))
             made = [at_the_end(size) for size in sizes]
             arrays = [memory[len(memory) - size :] for memory, size in made]
             for x in arrays[:3]:
                 x[:] = 1.0
             pointers = [x.ctypes.data for x in arrays]
             pointers[2] = pointers[2] if add else None
-            lib.gemm_alone(m, n, k, *pointers, a_by_k, b_by_n)
+            lib.gemm_alone(method, m, n, k, *pointers, a_by_k, b_by_n)
             assert (arrays[3] == k + add).all(), (m, n, k)
             for x in arrays[:3]:
                 assert (x == 1.0).all()
@@ -177,7 +219,7 @@ for m, n, k in shapes:
 """
 
 
-def test_nothing_is_touched_beyond_an_array(library):
+def test_nothing_is_touched_beyond_an_array(kernel):
     """Each array ends where memory ends that may be touched, in a process of its own:
     what reads on would end it. What lies before an array is looked at."""
     # Copying a panel may spill: rows and columns around whole panels, few and many.
@@ -185,63 +227,63 @@ def test_nothing_is_touched_beyond_an_array(library):
         *shapes(3),
         *itertools.product((1, 6, 14, 20), (8, 32, 40), (1, 9)),
     ]
+    number = str(METHODS.index(kernel.method))
     done = subprocess.run(
-        [sys.executable, "-c", GUARDED, library._name, repr(every)],
+        [sys.executable, "-c", GUARDED, kernel.library._name, repr(every), number],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, (done.returncode, done.stderr)
 
 
-@pytest.fixture(scope="module")
-def through_xla():
+@pytest.fixture(scope="module", params=METHODS)
+def through_xla(request):
     """Products of every edge in one program, independent of each other, with their
     cases: XLA may run several at once."""
-    if native.native().library is None:
+    method = request.param
+    if method not in native.native().methods:
         pytest.skip("the kernel cannot be compiled here")
     these = cases(5, whole=False)
 
     def multiply(all_arrays):
         return [
-            product(kind, *arrays, ours=True)
+            product(kind, *arrays, ours=method)
             for (kind, _, _), arrays in zip(these, all_arrays, strict=True)
         ]
 
     inputs = [tuple(map(jnp.asarray, arrays)) for _, arrays, _ in these]
     call = jax.jit(multiply).lower(inputs).compile()
-    return these, lambda: [np.asarray(x) for x in call(inputs)]
+    kernel = Kernel(native.native().library, method)
+    return these, lambda: [np.asarray(x) for x in call(inputs)], kernel
 
 
 def test_through_xla_they_are_as_on_one_thread(through_xla):
-    these, call = through_xla
-    library = native.native().library
-    assert library is not None
+    these, call, kernel = through_xla
     for (kind, arrays, _), found in zip(these, call(), strict=True):
-        np.testing.assert_array_equal(found, alone(library, kind, *arrays))
+        np.testing.assert_array_equal(found, kernel.multiply(kind, *arrays))
 
 
 def test_products_in_flight_at_once_are_the_same_every_time(through_xla):
-    _, call = through_xla
+    _, call, _ = through_xla
     first = call()
     for _ in range(50):
         for a, b in zip(first, call(), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-@here
-def test_large_ones_are_shared_out_and_do_not_depend_on_who_takes_what():
-    library = native.native().library
-    assert library is not None
+@method
+def test_large_ones_are_shared_out_and_do_not_depend_on_who_takes_what(method):
+    kernel = Kernel(native.native().library, method)
     draw = np.random.default_rng(1).standard_normal
-    call = jax.jit(lambda kind, *x: product(kind, *x, ours=True), static_argnums=0)
+    call = jax.jit(lambda kind, *x: product(kind, *x, ours=method), static_argnums=0)
     for kind, shape in zip(KINDS, LARGE, strict=True):
         arrays, _ = factors(kind, shape, draw, add=True)
-        one_thread = alone(library, kind, *arrays)
+        one_thread = kernel.multiply(kind, *arrays)
         for _ in range(10):
             np.testing.assert_array_equal(call(kind, *arrays), one_thread)
 
 
-@here
-def test_the_gradient_is_that_of_xlas_product():
+@method
+def test_the_gradient_is_that_of_xlas_product(method):
     rng = np.random.default_rng(2)
     x, y, w = (
         jnp.asarray(rng.standard_normal(s), jnp.float32)
@@ -251,7 +293,8 @@ def test_the_gradient_is_that_of_xlas_product():
     def grads(multiply):
         return jax.jit(jax.grad(lambda x, y: jnp.sum(w * multiply(x, y)), (0, 1)))(x, y)
 
-    for a, b in zip(grads(times_transposed), grads(lambda x, y: x @ y.T), strict=True):
+    ours = grads(lambda x, y: times_transposed(x, y, method))
+    for a, b in zip(ours, grads(lambda x, y: x @ y.T), strict=True):
         assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)  # 1.7e-7
 
 
@@ -282,7 +325,7 @@ def test_what_does_not_fit_is_an_error(given, made, said):
         jax.ShapeDtypeStruct(s if isinstance(s, tuple) else (s,), jnp.float32)
         for s in made
     ]
-    call = jax.jit(jax.ffi.ffi_call("jaxllm_gemm_nn", results))
+    call = jax.jit(jax.ffi.ffi_call("jaxllm_native_nn", results))
     with pytest.raises(jax.errors.JaxRuntimeError, match=said):
         jax.block_until_ready(call(*map(jnp.ones, given)))
 
@@ -298,7 +341,7 @@ def test_what_does_not_fit_is_an_error(given, made, said):
 )
 def test_another_dtype_is_an_error(given, made, said):
     results = jax.ShapeDtypeStruct(C, made), jax.ShapeDtypeStruct((400,), jnp.float32)
-    call = jax.jit(jax.ffi.ffi_call("jaxllm_gemm_nn", results))
+    call = jax.jit(jax.ffi.ffi_call("jaxllm_native_nn", results))
     x, y = (jnp.ones(s, dtype) for s, dtype in zip((A, B), given, strict=True))
     with pytest.raises(jax.errors.JaxRuntimeError, match=said):
         jax.block_until_ready(call(x, y))
@@ -306,18 +349,36 @@ def test_another_dtype_is_an_error(given, made, said):
 
 # Errors that gemm.c or panels.h might have: text, and what stands there instead.
 ADDEND, AT_THE_EDGE = "k0 ? g->c : g->add", "+ (add ? add[i * stride + j] : 0)"
-COLUMNS = "min(NR, g->n - j * NR)"
+COLUMNS = "min(nr, g->n - j * nr)"
 MISTAKES = {
     "addend forgotten": ("gemm.c", ADDEND, "k0 ? g->c : NULL"),
     "what came before forgotten": ("gemm.c", ADDEND, "g->add"),
     "the rest of K forgotten": ("gemm.c", "k0 < g->k;", "!k0 || k0 + KC <= g->k;"),
-    "always the first panel": ("gemm.c", "(k0 * g->panels + q * k)", "k0 * g->panels"),
-    "tn packs rows": ("gemm.c", "if (g->a_by_k)", "if (0)"),
+    "always the first panel": ("gemm.c", "packed += theirs", "packed += 0 * theirs"),
+    "tn packs rows": ("gemm.c", "if (g->a_by_k) {", "if (0) {"),
     "last panel too narrow": ("gemm.c", COLUMNS, f"{COLUMNS} - (j > 0)"),
     "last row not packed": ("panels.h", "r[i] = i < rows ?", "r[i] = i < rows - 1 ?"),
     "last k not packed": ("panels.h", "for (; j < k; j++)", "for (; j + 1 < k; j++)"),
     "one half twice": ("panels.h", "sums[i][1] += x * b1;", "sums[i][1] += x * b0;"),
     "no addend at the edge": ("panels.h", AT_THE_EDGE, ""),
+}
+AMX_MISTAKES = {
+    "tn packs rows": ("gemm.c", "if (g->a_by_k) amx", "if (0) amx"),
+    "the last part left out": ("amx.h", "LOAD_A(2) MULTIPLY", ""),
+    "the middle taken for the last": ("amx.h", "LOAD_B(2)", "LOAD_B(1)"),
+    "the middle by the middle left out": ("amx.h", "LOAD_A(1) MULTIPLY", "LOAD_A(1)"),
+    "the rest is not what was lost": ("amx.h", "_mm512_sub_ps(x, parts[s])", "x"),
+    "one half twice": ("amx.h", "_tile_dpbf16ps(3, 5, 7)", "_tile_dpbf16ps(3, 5, 6)"),
+    "the next sum on top": ("amx.h", "  _tile_zero(2);\n", ""),
+    "no addend": ("amx.h", "if (add) sum +=", "if (0) sum +="),
+    "an odd k dropped": ("amx.h", "k > 0 ? width : 0", "k > 1 ? width : 0"),
+    "too few columns": (
+        "amx.h",
+        "first_lanes(columns - j)",
+        "first_lanes(columns - j - 1)",
+    ),
+    "rows in place of pairs": ("amx.h", "by_k != pairs_down; s++", "0; s++"),
+    "the second tile over the first": ("amx.h", "i % 2 * TILE_BYTES", "0"),
 }
 
 
@@ -327,12 +388,17 @@ def quickly(monkeypatch):
     monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-O0"])
 
 
-@here
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *(pytest.param("native", name, marks=here) for name in MISTAKES),
+        *(pytest.param("amx", name, marks=amx) for name in AMX_MISTAKES),
+    ],
+)
 def test_a_wrong_kernel_is_noticed_before_it_is_used(
-    name, quickly, monkeypatch, tmp_path
+    method, name, quickly, monkeypatch, tmp_path
 ):
-    file, old, new = MISTAKES[name]
+    file, old, new = (MISTAKES if method == "native" else AMX_MISTAKES)[name]
     shutil.copytree(native.SOURCES, tmp_path / "cpu")
     path = tmp_path / "cpu" / file
     text = path.read_text()
@@ -340,11 +406,12 @@ def test_a_wrong_kernel_is_noticed_before_it_is_used(
     path.write_text(text.replace(old, new))
     monkeypatch.setattr(native, "SOURCES", tmp_path / "cpu")
     library = native._compiled(tmp_path)
-    with pytest.raises(ValueError, match="is off by"):
-        native._checked(library)
+    with pytest.raises(ValueError, match=f"{method}_.. is off by"):
+        native._check(native._load(library), method)
     if name == "one half twice":  # one of them all the way: it takes longer
         found = native_in(tmp_path / "cache", monkeypatch)
-        assert found.library is None and "is off by" in found.problem
+        assert "is off by" in found.problem
+        assert found.methods == (() if method == "native" else ("native",))
 
 
 def native_in(cache, monkeypatch):
@@ -413,8 +480,7 @@ def test_another_machine_has_none(name, value, said, monkeypatch, tmp_path):
         path = tmp_path / "cpuinfo"
         if value:
             path.write_text(value)
-        monkeypatch.setattr(native, "CPUINFO", path)
-        monkeypatch.setattr(native, "_processor", native._processor.__wrapped__)
+        monkeypatch.setattr(native, "features", lambda: features.__wrapped__(path))
     found = native_in(tmp_path, monkeypatch)
     assert found.library is None and said in found.problem
 
@@ -498,29 +564,45 @@ def test_a_user_without_a_home_has_it_too(quickly, no_home, monkeypatch):
 
 
 def test_auto_takes_it_for_large_float32_products_of_one_cpu():
-    def chosen(*, dim=256, platform="cpu", native=True, onednn=True, **given: Any):
+    every = ("amx", "native", "onednn")
+
+    def chosen(*there, dim=256, platform="cpu", **given: Any):
         compute = ComputeConfig(**given).resolve(
-            n_layers=2, dim=dim, platform=platform, native=native, onednn=onednn,
-            compute_capability=9.0,
+            n_layers=2, dim=dim, platform=platform, compute_capability=9.0,
+            has=(there or every).__contains__,
         )  # fmt: skip
         return compute.gemm
 
-    assert chosen() == chosen(onednn=False) == chosen(layer="fused") == "native"
-    assert chosen(native=False) == "onednn"
-    assert chosen(native=False, onednn=False) == "ynnpack"
-    assert chosen(dim=255) == chosen(dim=255, onednn=False) == "ynnpack"
+    assert chosen() == chosen("amx", "native") == chosen(layer="fused") == "amx"
+    assert chosen("native", "onednn") == chosen("native") == "native"
+    assert chosen("onednn") == "onednn"
+    assert chosen("none") == "ynnpack"
+    assert chosen(dim=255) == "ynnpack"
     assert chosen(layer="plain") == "onednn"
-    assert chosen(layer="plain", onednn=False) == "ynnpack"
+    assert chosen("amx", "native", layer="plain") == "ynnpack"
     for name in ("compute_dtype", "residual_dtype", "logits_dtype"):
         narrow: Any = {name: "bfloat16"}
         assert chosen(**narrow) == "ynnpack", name
     assert chosen(compute_dtype="float64") == "ynnpack"
     assert chosen(platform="gpu", compute_dtype="float32") == "triton"
     assert chosen(platform="gpu") == "cublas"
-    for gemm in ("native", "onednn", "ynnpack"):
-        assert chosen(gemm=gemm, dim=32, native=False) == gemm
+    for gemm in (*every, "ynnpack"):
+        assert chosen("none", gemm=gemm, dim=32) == gemm
 
 
+def test_nobody_is_asked_for_it_in_vain():
+    """Asking compiles the kernels, or at least runs the compiler."""
+
+    def has(gemm):
+        raise AssertionError(gemm)
+
+    ComputeConfig().resolve(n_layers=1, dim=32, has=has)
+    ComputeConfig(compute_dtype="bfloat16").resolve(n_layers=1, dim=512, has=has)
+    ComputeConfig(gemm="ynnpack").resolve(n_layers=1, dim=512, has=has)
+    ComputeConfig().resolve(n_layers=1, dim=512, has=has, platform="gpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("changes", "device", "alone", "there", "said"),
     [
@@ -534,16 +616,27 @@ def test_auto_takes_it_for_large_float32_products_of_one_cpu():
     ],
 )
 def test_it_is_refused_where_it_is_not_for(
-    changes, device, alone, there, said, monkeypatch
+    changes, device, alone, there, said, method, monkeypatch
 ):
-    library: Any = SimpleNamespace() if there else None
-    found = native.Native(library, "" if there else "there is no GCC")
+    library: Any = SimpleNamespace()
+    found = native.Native(library, METHODS) if there else native.Native(None, (), said)
     for module in (native, compiler):
         monkeypatch.setattr(module, "native", lambda: found)
+    asked = dataclasses.replace(OURS, gemm=method)
     if there:
-        assert compiler_options(OURS, CPU) == {}
-    with pytest.raises(ValueError, match=f"compute.gemm=native.*{said}.*use auto"):
-        compiler_options(dataclasses.replace(OURS, **changes), device, alone=alone)
+        assert compiler_options(asked, CPU) == {}
+    with pytest.raises(ValueError, match=f"compute.gemm={method}.*{said}.*use auto"):
+        compiler_options(dataclasses.replace(asked, **changes), device, alone=alone)
+
+
+def test_amx_is_refused_where_only_the_rest_is(monkeypatch):
+    library: Any = SimpleNamespace()
+    found = native.Native(library, ("native",), "the processor has no AMX")
+    for module in (native, compiler):
+        monkeypatch.setattr(module, "native", lambda: found)
+    assert compiler_options(OURS, CPU) == {}
+    with pytest.raises(ValueError, match="gemm=amx.*with AMX.*processor has no AMX"):
+        compiler_options(dataclasses.replace(OURS, gemm="amx"), CPU)
 
 
 @here
@@ -561,10 +654,18 @@ def test_a_step_of_several_devices_refuses_it_before_it_is_compiled():
 def test_a_run_that_asked_for_it_is_read_where_there_is_none(monkeypatch):
     asked = dataclasses.replace(OURS, attention="native")
     auto = dataclasses.replace(OURS, gemm="auto", attention="auto")
+    tiles = dataclasses.replace(asked, gemm="amx")
     there: Any = SimpleNamespace()
-    for library, read in ((there, asked), (None, auto)):
-        monkeypatch.setattr(native, "native", lambda x=library: native.Native(x))
-        assert for_device(asked, CPU) == read
-        assert for_device(asked, GPU) == auto
+
+    def read(compute, *methods, device=CPU):
+        found = native.Native(there if methods else None, methods)
+        monkeypatch.setattr(native, "native", lambda: found)
+        return for_device(compute, device)
+
+    assert read(asked, *METHODS) == read(asked, "native") == asked
+    assert read(tiles, *METHODS) == tiles
+    assert read(tiles, "native") == dataclasses.replace(asked, gemm="auto")
+    assert read(asked) == read(tiles) == auto
+    assert read(asked, *METHODS, device=GPU) == auto
     other = ComputeConfig(gemm="ynnpack", attention="plain")
     assert for_device(other, GPU) == other

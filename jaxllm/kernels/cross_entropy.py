@@ -28,7 +28,7 @@ def cross_entropy(
     implementation: str = "plain",
     chunk: int = 4096,
     dtype: str | None = None,
-    ours: bool = False,
+    ours: str = "",
 ) -> jax.Array:
     """Sums the negative log-likelihood of the targets, in nats, over unmasked tokens.
 
@@ -36,7 +36,8 @@ def cross_entropy(
     like the log-sum-exp and the sum, in at least float32, which the result has. They
     are rounded to `dtype` if it is given, and their gradient to h_MD's dtype.
     `head_VD` may be wider than h_MD: it is cast here, and its gradient keeps its dtype.
-    `ours` lets the plain form multiply by gemm.c, for float32 on one CPU.
+    `ours` is the method of gemm.c that the plain form multiplies by, for float32 on one
+    CPU.
     """
     if implementation == "plain":
         return _plain(h_MD, head_VD, targets_M, loss_mask_M, dtype, ours)
@@ -59,7 +60,7 @@ def logits(h_D: jax.Array, head_VD: jax.Array, dtype: str | None = None) -> jax.
 
 def _plain(h_MD, head_VD, targets_M, loss_mask_M, dtype, ours):
     if ours:
-        logits_MV = times_transposed(h_MD, head_VD)
+        logits_MV = times_transposed(h_MD, head_VD, ours)
     else:
         logits_MV = logits(h_MD, head_VD, dtype)
     lse_M = jax.nn.logsumexp(logits_MV, axis=-1)

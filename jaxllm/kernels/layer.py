@@ -49,8 +49,8 @@ class Static(NamedTuple):
     attention: str
     keep_act: bool = False
     """Keep act = silu(gate) * up for the backward pass instead of recomputing it."""
-    ours: bool = False
-    """Multiply by gemm.c, for float32 on one CPU."""
+    ours: str = ""
+    """The method of gemm.c to multiply by, for float32 on one CPU."""
 
 
 def fused_layer(
@@ -71,7 +71,7 @@ def fused_layer(
         config.norm_eps,
         compute.attention,
         keep_act=compute.remat == "none",
-        ours=compute.gemm == "native",
+        ours=compute.ours,
     )
     weights = fold(
         layer,
@@ -303,7 +303,7 @@ def _swiglu(gate_up, rstd_M):
 
 def _down_gradient(static, act_MF, dy_MD):
     if static.ours:
-        return product("tn", act_MF, dy_MD, ours=True)
+        return product("tn", act_MF, dy_MD, ours=static.ours)
     # The narrower factor is the one that XLA's products copy transposed on a CPU.
     return product("tn", dy_MD, act_MF).T
 

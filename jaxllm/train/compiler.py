@@ -8,13 +8,13 @@ import os
 import platform
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxllm.compute import ComputeConfig
 from jaxllm.kernels.native import has_native, native
+from jaxllm.kernels.processor import features
 
 # The first and the last jax whose CUDA plugin is known to have the compiler options.
 FIRST_JAX, LAST_JAX = (0, 10), (0, 12)
@@ -41,8 +41,16 @@ def has_onednn(device: Any) -> bool:
         and not any(name in os.environ for name in ONEDNN_LIMITS)
         and jax.__version_info__[:2] == ONEDNN_JAX
         and (sys.platform, platform.machine()) == ("linux", "x86_64")
-        and _processor() >= AVX512
+        and features() >= AVX512
     )
+
+
+def has_products(gemm: str, device: Any, *, alone: bool = True) -> bool:
+    """Whether a CPU's products by amx, native or onednn are to be had on `device`,
+    which computes `alone` or shares the work with others."""
+    if gemm == "onednn":
+        return has_onednn(device)
+    return alone and has_native(device, gemm)
 
 
 def compiler_options(
@@ -60,16 +68,18 @@ def compiler_options(
     dtypes = {name: getattr(compute, name) for name in names}
     single = set(dtypes.values()) == {"float32"}
     these = ", ".join(f"{name}={dtype}" for name, dtype in dtypes.items())
-    if "native" in (compute.gemm, compute.attention):
-        name = "gemm" if compute.gemm == "native" else "attention"
-        if not (single and alone and compute.layer == "fused" and has_native(device)):
+    if compute.ours or compute.attention == "native":
+        name, method = "gemm" if compute.ours else "attention", compute.ours or "native"
+        fits = single and alone and compute.layer == "fused"
+        if not (fits and has_native(device, method)):
             raise ValueError(
-                f"compute.{name}=native takes float32, the fused layer, one CPU, and "
-                f"GCC to compile with; this is {these}, layer={compute.layer}, "
+                f"compute.{name}={method} takes float32, the fused layer, one CPU"
+                f"{' with AMX' * (method == 'amx')}, and GCC to compile with; this is "
+                f"{these}, layer={compute.layer}, "
                 f"{device.platform}{'' if alone else ', several devices'}"
                 f"{': ' + problem if (problem := native().problem) else ''}; use auto"
             )
-    if compute.gemm == "native":
+    if compute.ours:
         return {}
     if compute.gemm == "onednn":
         if not has_onednn(device) or not single:
@@ -88,13 +98,3 @@ def compiler_options(
     if not FIRST_JAX <= jax.__version_info__[:2] <= LAST_JAX:
         return {}
     return {"xla_gpu_enable_triton_gemm": False}
-
-
-def _processor(path: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """What the processor can do, in Linux's words; empty where that is not told."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return set()
-    flags = (line.partition(":")[2] for line in lines if line.startswith("flags"))
-    return set(next(flags, "").split())

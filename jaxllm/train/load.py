@@ -51,6 +51,12 @@ def network(config: RunConfig) -> Any:
 def for_device(compute: ComputeConfig, device: Any) -> ComputeConfig:
     """The settings of a run that was trained elsewhere: what asks for kernels that
     `device` does not have is auto."""
-    names = () if has_native(device) else ("gemm", "attention")
-    lacking = {name: "auto" for name in names if getattr(compute, name) == "native"}
+    asked = {"gemm": compute.ours}
+    if compute.attention == "native":
+        asked["attention"] = "native"
+    lacking = {
+        name: "auto"
+        for name, method in asked.items()
+        if method and not has_native(device, method)
+    }
     return replace(compute, **lacking)

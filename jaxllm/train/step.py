@@ -18,10 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.config import ComputeConfig, RunConfig
 from jaxllm.kernels.cross_entropy import cross_entropy
-from jaxllm.kernels.native import has_native
 from jaxllm.model import Transformer
 from jaxllm.train import guard, optim
-from jaxllm.train.compiler import compiler_options, has_onednn
+from jaxllm.train.compiler import compiler_options, has_products
 from jaxllm.train.sharding import batch_sharding, check_divides, shardings
 
 State = dict[str, Any]
@@ -149,8 +148,7 @@ def resolve_compute(
         dim=config.model.dim,
         platform=device.platform,
         compute_capability=capability,
-        onednn=has_onednn(device),
-        native=alone and has_native(device),
+        has=lambda gemm: has_products(gemm, device, alone=alone),
     )
 
 
@@ -265,7 +263,7 @@ def summed_loss(graphdef, params: dict, micro: Batch, dropout_key=None) -> jax.A
             implementation=model.compute.cross_entropy,
             chunk=model.compute.loss_chunk,
             dtype=None if dtype == "auto" else dtype,
-            ours=model.compute.gemm == "native",
+            ours=model.compute.ours,
         )
 
 

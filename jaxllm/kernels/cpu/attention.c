@@ -61,18 +61,6 @@ static float *take(float **next, long floats) {
   return taken;
 }
 
-/* The thread's own memory, kept for its next part; NULL where there is none. */
-static float *own_memory(long floats) {
-  static _Thread_local float *memory;
-  static _Thread_local long size;
-  if (size < floats) {
-    free(memory);
-    memory = aligned_alloc(ALIGN, ceil_div(floats * sizeof(float), ALIGN) * ALIGN);
-    size = memory ? floats : 0;
-  }
-  return memory;
-}
-
 /* One position of one head, times `scale`; `turn` is 1 to rotate its pairs, -1 to turn
    them back, 0 for neither. */
 static inline void turned(const float *restrict x, const float *cos, const float *sin,
@@ -123,7 +111,7 @@ static int begin(Part *p, const Attention *a, long number, int backward) {
   long need = 2 * (t * h + pad) + 4 * (p->keys * h + pad) + 2 * (p->wide * t + pad) +
               4 * (NR * h + pad) + 3 * (p->keys * NR + pad) + 2 * (NR * heads + pad) +
               p->wide * NR + pad;
-  float *next = own_memory(need);
+  float *next = own_memory(need * sizeof(float));
   if (!next) return 1;
   p->k_rows = take(&next, t * h), p->v_rows = take(&next, t * h);
   p->k_by_h = take(&next, p->keys * h), p->v_by_h = take(&next, p->keys * h);

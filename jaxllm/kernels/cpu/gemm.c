@@ -6,84 +6,150 @@
    The factor of fewer panels is copied as a whole first. The other is shared out: a
    thread takes a few panels at a time, copies KC of K into memory that stays in its
    cache, and computes with that. Each element of C comes from one thread, from its
-   first k to its last, so that the result does not depend on which thread takes what. */
+   first k to its last, so that the result does not depend on which thread takes what.
 
+   What a panel is, and who multiplies two of them, is the method's: the processor's
+   vectors, or its tiles. */
+
+#include "amx.h"
 #include "panels.h"
 #include "xla.h"
 
-#define KC 512    /* of K at a time */
-#define SHARE_A 6 /* panels that a thread takes at a time */
-#define SHARE_B 2
-#define GROUP 4   /* panels of the other factor that are copied at a time */
-#define OWN (SHARE_A * MR > SHARE_B * NR ? SHARE_A * MR : SHARE_B * NR)
+#define KC 512  /* of K at a time */
+#define GROUP 4 /* panels of the factor that all share that are copied at a time */
+
+typedef struct {
+  long rows, columns;    /* of a tile: a panel of A by one of B */
+  long share_a, share_b; /* panels that a thread takes at a time */
+} Method;
+
+static const Method methods[] = {
+    {.rows = MR, .columns = NR, .share_a = 6, .share_b = 2},
+#ifdef HAS_AMX
+    {.rows = AMX, .columns = AMX, .share_a = 4, .share_b = 4},
+#endif
+};
+enum { VECTORS, TILES, METHODS = sizeof methods / sizeof *methods };
 
 typedef struct {
   long m, n, k;
   const float *a, *b, *add;
-  float *c, *packed;    /* panels of the factor that all share: KC by KC, all of them */
-  int a_by_k, b_by_n;   /* A is (K, M); B is (N, K) */
-  int cut_a;            /* A is the one that is shared out */
-  long panels, groups;  /* of the factor that is copied first */
+  float *c;
+  char *packed;        /* panels of the factor that all share: KC by KC, all of them */
+  int a_by_k, b_by_n;  /* A is (K, M); B is (N, K) */
+  int method, cut_a;   /* A is the one that is shared out */
+  long panels, groups; /* of the factor that is copied first */
   atomic_long packed_groups;
 } Gemm;
 
 static int is_a_cut(long m, long n) { return m >= n; }
 
+/* Bytes of a panel of k of K. */
+static inline long panel_bytes(int method, long width, long k) {
+#ifdef HAS_AMX
+  if (method == TILES) return ceil_div(k, DEPTH) * STEP_BYTES;
+#endif
+  return width * k * sizeof(float);
+}
+
 /* Floats of scratch memory that a product takes. */
-long gemm_scratch(long m, long n, long k) {
-  long width = is_a_cut(m, n) ? ceil_div(n, NR) * NR : ceil_div(m, MR) * MR;
-  return width * k + ALIGN;
+long gemm_scratch(int method, long m, long n, long k) {
+  const Method *by = methods + method;
+  long width = is_a_cut(m, n) ? by->columns : by->rows;
+  long panels = ceil_div(is_a_cut(m, n) ? n : m, width);
+  long whole = panel_bytes(method, width, KC) * (k / KC);
+  long rest = panel_bytes(method, width, k % KC);
+  return (panels * (whole + rest) + ALIGN) / sizeof(float);
 }
 
 /* Copies k of K from k0 of panels of A, from row `row` on. */
-static void pack_a(const Gemm *g, long row, long panels, long k0, long k, float *out) {
-  long width = min(panels * MR, g->m - row);
-  if (g->a_by_k) {
-    pack_columns(g->a + k0 * g->m + row, g->m, width, g->m - row, k, out, MR);
+static void pack_a(const Gemm *g, long row, long panels, long k0, long k, char *out) {
+  const float *x = g->a + (g->a_by_k ? k0 * g->m + row : row * g->k + k0);
+  long width = min(panels * methods[g->method].rows, g->m - row);
+#ifdef HAS_AMX
+  if (g->method == TILES) {
+    if (g->a_by_k) amx_pack(x, g->m, width, k, out, 1, 0);
+    else amx_pack(x, g->k, width, k, out, 0, 0);
     return;
   }
-  for (long p = 0; p < panels; p++, row += MR, out += MR * k)
-    pack_rows(g->a + row * g->k + k0, g->k, min(MR, g->m - row), k, out, MR);
+#endif
+  float *to = (float *)out;
+  if (g->a_by_k) {
+    pack_columns(x, g->m, width, g->m - row, k, to, MR);
+    return;
+  }
+  for (; width > 0; width -= MR, x += MR * g->k, to += MR * k)
+    pack_rows(x, g->k, min(MR, width), k, to, MR);
 }
 
 /* Copies k of K from k0 of panels of B, from column `column` on. */
-static void pack_b(const Gemm *g, long column, long panels, long k0, long k, float *out) {
-  long width = min(panels * NR, g->n - column);
-  if (!g->b_by_n) {
-    pack_columns(g->b + k0 * g->n + column, g->n, width, g->n - column, k, out, NR);
+static void pack_b(const Gemm *g, long column, long panels, long k0, long k, char *out) {
+  const float *x = g->b + (g->b_by_n ? column * g->k + k0 : k0 * g->n + column);
+  long width = min(panels * methods[g->method].columns, g->n - column);
+#ifdef HAS_AMX
+  if (g->method == TILES) {
+    if (g->b_by_n) amx_pack(x, g->k, width, k, out, 0, 1);
+    else amx_pack(x, g->n, width, k, out, 1, 1);
     return;
   }
-  for (long p = 0; p < panels; p++, column += NR, out += NR * k)
-    pack_rows(g->b + column * g->k + k0, g->k, min(NR, g->n - column), k, out, NR);
+#endif
+  float *to = (float *)out;
+  if (!g->b_by_n) {
+    pack_columns(x, g->n, width, g->n - column, k, to, NR);
+    return;
+  }
+  for (; width > 0; width -= NR, x += NR * g->k, to += NR * k)
+    pack_rows(x, g->k, min(NR, width), k, to, NR);
 }
 
 /* Tile (i, j) of C, counted in panels, for k of K from k0. */
-static inline void put(const Gemm *g, long i, long j, long k0, long k, const float *a,
-                       const float *b) {
-  long at = i * MR * g->n + j * NR;
+static inline void put(const Gemm *g, long i, long j, long k0, long k, const char *a,
+                       const char *b) {
+  long mr = methods[g->method].rows, nr = methods[g->method].columns;
+  long at = i * mr * g->n + j * nr;
+  long rows = min(mr, g->m - i * mr), columns = min(nr, g->n - j * nr);
   const float *add = k0 ? g->c : g->add;
-  tile(k, a, b, g->c + at, add ? add + at : NULL, g->n, min(MR, g->m - i * MR),
-       min(NR, g->n - j * NR), 1);
+  if (add) add += at;
+#ifdef HAS_AMX
+  if (g->method == TILES) {
+    amx_tile(k, a, b, g->c + at, add, g->n, rows, columns);
+    return;
+  }
+#endif
+  tile(k, (const float *)a, (const float *)b, g->c + at, add, g->n, rows, columns, 1);
 }
 
-/* Copies a share of the factor that is cut, and computes what it is part of. */
-static void share(const Gemm *g, long number) {
-  static _Thread_local float own[OWN * KC] __attribute__((aligned(ALIGN)));
-  long width = g->cut_a ? MR : NR, other = g->cut_a ? NR : MR;
-  long size = g->cut_a ? SHARE_A : SHARE_B, first = number * size;
+/* Copies a share of the factor that is cut, and computes what it is part of; returns 1
+   if there is no memory. */
+static int share(const Gemm *g, long number) {
+  const Method *by = methods + g->method;
+  long width = g->cut_a ? by->rows : by->columns;
+  long other = g->cut_a ? by->columns : by->rows;
+  long size = g->cut_a ? by->share_a : by->share_b, first = number * size;
   long last = min(first + size, ceil_div(g->cut_a ? g->m : g->n, width));
+  char *own = own_memory(size * panel_bytes(g->method, width, min(KC, g->k)));
+  if (!own) return 1;
+#ifdef HAS_AMX
+  if (g->method == TILES) amx_begin();
+#endif
+  const char *packed = g->packed;
   for (long k0 = 0; k0 < g->k; k0 += KC) {
     long k = min(KC, g->k - k0);
-    if (g->cut_a) pack_a(g, first * MR, last - first, k0, k, own);
-    else pack_b(g, first * NR, last - first, k0, k, own);
-    for (long q = 0; q < g->panels; q++) {
-      const float *theirs = g->packed + (k0 * g->panels + q * k) * other, *ours = own;
-      for (long p = first; p < last; p++, ours += width * k) {
-        if (g->cut_a) put(g, p, q, k0, k, ours, theirs);
-        else put(g, q, p, k0, k, theirs, ours);
+    long ours = panel_bytes(g->method, width, k);
+    long theirs = panel_bytes(g->method, other, k);
+    if (g->cut_a) pack_a(g, first * width, last - first, k0, k, own);
+    else pack_b(g, first * width, last - first, k0, k, own);
+    for (long q = 0; q < g->panels; q++, packed += theirs)
+      for (long p = first; p < last; p++) {
+        const char *panel = own + (p - first) * ours;
+        if (g->cut_a) put(g, p, q, k0, k, panel, packed);
+        else put(g, q, p, k0, k, packed, panel);
       }
-    }
   }
+#ifdef HAS_AMX
+  if (g->method == TILES) amx_end();
+#endif
+  return 0;
 }
 
 /* First the panels that all share, then the shares. */
@@ -91,16 +157,17 @@ static int part(void *data, long number) {
   Gemm *g = data;
   if (number >= g->groups) {
     wait_for(&g->packed_groups, g->groups);
-    share(g, number - g->groups);
-    return 0;
+    return share(g, number - g->groups);
   }
+  const Method *by = methods + g->method;
   long first = number * GROUP, panels = min(GROUP, g->panels - first);
-  long width = g->cut_a ? NR : MR;
+  long width = g->cut_a ? by->columns : by->rows;
+  char *packed = g->packed;
   for (long k0 = 0; k0 < g->k; k0 += KC) {
-    long k = min(KC, g->k - k0);
-    float *out = g->packed + (k0 * g->panels + first * k) * width;
-    if (g->cut_a) pack_b(g, first * NR, panels, k0, k, out);
-    else pack_a(g, first * MR, panels, k0, k, out);
+    long k = min(KC, g->k - k0), bytes = panel_bytes(g->method, width, k);
+    if (g->cut_a) pack_b(g, first * width, panels, k0, k, packed + first * bytes);
+    else pack_a(g, first * width, panels, k0, k, packed + first * bytes);
+    packed += g->panels * bytes;
   }
   atomic_fetch_add_explicit(&g->packed_groups, 1, memory_order_release);
   return 0;
@@ -108,17 +175,20 @@ static int part(void *data, long number) {
 
 /* Decides who does what; returns the number of parts. */
 static long plan(Gemm *g, float *scratch) {
-  long a = ceil_div(g->m, MR), b = ceil_div(g->n, NR);
+  const Method *by = methods + g->method;
+  long a = ceil_div(g->m, by->rows), b = ceil_div(g->n, by->columns);
   g->cut_a = is_a_cut(g->m, g->n);
   g->panels = g->cut_a ? b : a;
   g->groups = ceil_div(g->panels, GROUP);
-  g->packed = (float *)(((uintptr_t)scratch + ALIGN - 1) / ALIGN * ALIGN);
-  return g->groups + (g->cut_a ? ceil_div(a, SHARE_A) : ceil_div(b, SHARE_B));
+  g->packed = (char *)(((uintptr_t)scratch + ALIGN - 1) / ALIGN * ALIGN);
+  return g->groups + (g->cut_a ? ceil_div(a, by->share_a) : ceil_div(b, by->share_b));
 }
 
-static XLA_FFI_Error *gemm(XLA_FFI_CallFrame *frame, int a_by_k, int b_by_n) {
+static XLA_FFI_Error *gemm(XLA_FFI_CallFrame *frame, int method, int a_by_k,
+                           int b_by_n) {
   if (only_asks(frame)) return NULL;
   const XLA_FFI_Api *api = frame->api;
+  if (method >= METHODS) return fail(api, "gemm was compiled without AMX");
   XLA_FFI_Buffer **args = (XLA_FFI_Buffer **)frame->args.args;
   XLA_FFI_Buffer **rets = (XLA_FFI_Buffer **)frame->rets.rets;
   long count = frame->args.size;
@@ -132,26 +202,41 @@ static XLA_FFI_Error *gemm(XLA_FFI_CallFrame *frame, int a_by_k, int b_by_n) {
   long m = a[a_by_k], k = a[!a_by_k], n = b[!b_by_n];
   if (b[b_by_n] != k || c[0] != m || c[1] != n || m < 1 || n < 1 || k < 1 ||
       (count == 3 && (args[2]->dims[0] != m || args[2]->dims[1] != n)) ||
-      rets[1]->dims[0] < gemm_scratch(m, n, k))
+      rets[1]->dims[0] < gemm_scratch(method, m, n, k))
     return fail(api, "gemm's arrays do not fit together");
   Gemm *g = calloc(1, sizeof *g);
   if (!g) return fail(api, "gemm found no memory");
   *g = (Gemm){.m = m, .n = n, .k = k, .a = args[0]->data, .b = args[1]->data,
               .add = count == 3 ? args[2]->data : NULL, .c = rets[0]->data,
-              .a_by_k = a_by_k, .b_by_n = b_by_n};
+              .a_by_k = a_by_k, .b_by_n = b_by_n, .method = method};
   long parts = plan(g, rets[1]->data);
   return run(frame, parts, part, g);
 }
 
-XLA_FFI_Error *gemm_nn(XLA_FFI_CallFrame *frame) { return gemm(frame, 0, 0); }
-XLA_FFI_Error *gemm_nt(XLA_FFI_CallFrame *frame) { return gemm(frame, 0, 1); }
-XLA_FFI_Error *gemm_tn(XLA_FFI_CallFrame *frame) { return gemm(frame, 1, 0); }
+#define TARGETS(name, method) \
+  XLA_FFI_Error *name##_nn(XLA_FFI_CallFrame *f) { return gemm(f, method, 0, 0); } \
+  XLA_FFI_Error *name##_nt(XLA_FFI_CallFrame *f) { return gemm(f, method, 0, 1); } \
+  XLA_FFI_Error *name##_tn(XLA_FFI_CallFrame *f) { return gemm(f, method, 1, 0); }
+TARGETS(native, VECTORS)
+TARGETS(amx, TILES)
 
-/* The same on this thread alone, for a check without XLA. */
-void gemm_alone(long m, long n, long k, const float *a, const float *b, const float *add,
-                float *c, float *scratch, int a_by_k, int b_by_n) {
+/* Whether products by tiles are there, and allowed. */
+int gemm_has_amx(void) {
+#ifdef HAS_AMX
+  return amx_allowed();
+#else
+  return 0;
+#endif
+}
+
+/* The same on this thread alone, for a check without XLA; returns 1 if it finds no
+   memory. */
+int gemm_alone(int method, long m, long n, long k, const float *a, const float *b,
+               const float *add, float *c, float *scratch, int a_by_k, int b_by_n) {
   Gemm g = {.m = m, .n = n, .k = k, .a = a, .b = b, .add = add, .c = c,
-            .a_by_k = a_by_k, .b_by_n = b_by_n};
+            .a_by_k = a_by_k, .b_by_n = b_by_n, .method = method};
   long parts = plan(&g, scratch);
-  for (long i = 0; i < parts; i++) part(&g, i);
+  int failed = 0;
+  for (long i = 0; i < parts; i++) failed |= part(&g, i);
+  return failed;
 }

@@ -42,6 +42,18 @@ static inline void wait_for(atomic_long *done, long all) {
   }
 }
 
+/* The thread's own memory, aligned and kept for its next part; NULL where there is none. */
+static inline void *own_memory(long bytes) {
+  static _Thread_local void *memory;
+  static _Thread_local long size;
+  if (size < bytes) {
+    free(memory);
+    memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    size = memory ? bytes : 0;
+  }
+  return memory;
+}
+
 /* Parts of a piece of work, 0 .. count - 1, which threads take one by one in order; a
    part returns 1 if it finds no memory. `data` is freed with the loop, when the last thread has let go of it. */
 typedef struct {
