@@ -30,6 +30,8 @@ def test_the_first_signal_asks_and_nothing_else_happens(number, capfd):
 
 
 def test_handlers_are_put_back():
+    # A shell starts what is in its background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in SIGNALS]
     threads = set(threading.enumerate())
     for _ in range(3):

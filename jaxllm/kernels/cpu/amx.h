@@ -4,8 +4,8 @@
    the nine products of two such sums six are taken, those above 2^-24 of the whole, and
    added in float32 (Henry, Tang, Heinecke: Leveraging the bfloat16 artificial
    intelligence datatype for higher-precision computations, 2019; JAX's BF16_BF16_F32_X6
-   is the same). Infinity times a number is NaN here, and what is smaller than 2^-126
-   counts as zero.
+   is the same). Infinity and what is above 3.39e38 give NaN here, and digits of less than
+   2^-126 count as zero.
 
    A panel is 32 rows of the left factor, or columns of the right one: for every 32 of K
    the three parts, each two tiles of 16 rows of 64 bytes. The left factor's rows hold 32
@@ -57,7 +57,8 @@ static inline __mmask16 first_lanes(long count) {
 static inline void split(__m512 x, __m512 parts[3]) {
 #pragma GCC unroll 2
   for (int s = 0; s < 2; s++) {
-    parts[s] = _mm512_cvtpbh_ps(_mm512_cvtneps_pbh(x));
+    __m512i bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
+    parts[s] = (__m512)_mm512_slli_epi32(bits, 16);
     x = _mm512_sub_ps(x, parts[s]);
   }
   parts[2] = x;

@@ -11,6 +11,8 @@
    What a panel is, and who multiplies two of them, is the method's: the processor's
    vectors, or its tiles. */
 
+#include <limits.h>
+
 #include "amx.h"
 #include "panels.h"
 #include "xla.h"
@@ -20,13 +22,13 @@
 
 typedef struct {
   long rows, columns;    /* of a tile: a panel of A by one of B */
-  long share_a, share_b; /* panels that a thread takes at a time */
+  long most_a, most_b;   /* panels that a thread takes at a time */
 } Method;
 
 static const Method methods[] = {
-    {.rows = MR, .columns = NR, .share_a = 6, .share_b = 2},
+    {.rows = MR, .columns = NR, .most_a = 6, .most_b = 2},
 #ifdef HAS_AMX
-    {.rows = AMX, .columns = AMX, .share_a = 4, .share_b = 4},
+    {.rows = AMX, .columns = AMX, .most_a = 4, .most_b = 4},
 #endif
 };
 enum { VECTORS, TILES, METHODS = sizeof methods / sizeof *methods };
@@ -37,7 +39,8 @@ typedef struct {
   float *c;
   char *packed;        /* panels of the factor that all share: KC by KC, all of them */
   int a_by_k, b_by_n;  /* A is (K, M); B is (N, K) */
-  int method, cut_a;   /* A is the one that is shared out */
+  int method, cut_a;   /* A is the one that is shared out, */
+  long cut, size;      /* the number of its panels, and of those in a share */
   long panels, groups; /* of the factor that is copied first */
   atomic_long packed_groups;
 } Gemm;
@@ -125,9 +128,8 @@ static int share(const Gemm *g, long number) {
   const Method *by = methods + g->method;
   long width = g->cut_a ? by->rows : by->columns;
   long other = g->cut_a ? by->columns : by->rows;
-  long size = g->cut_a ? by->share_a : by->share_b, first = number * size;
-  long last = min(first + size, ceil_div(g->cut_a ? g->m : g->n, width));
-  char *own = own_memory(size * panel_bytes(g->method, width, min(KC, g->k)));
+  long first = number * g->size, last = min(first + g->size, g->cut);
+  char *own = own_memory(g->size * panel_bytes(g->method, width, min(KC, g->k)));
   if (!own) return 1;
 #ifdef HAS_AMX
   if (g->method == TILES) amx_begin();
@@ -173,15 +175,29 @@ static int part(void *data, long number) {
   return 0;
 }
 
-/* Decides who does what; returns the number of parts. */
-static long plan(Gemm *g, float *scratch) {
+/* Panels of a share, of `panels` in all: so many that no thread has much to do when the
+   others are done, and as many as that leaves, since panels of the other factor are
+   fetched once for each share. */
+static long share_size(long panels, long most, long threads) {
+  long best = most, least = LONG_MAX;
+  for (long size = most; 2 * size >= most; size--) {
+    long longest = ceil_div(ceil_div(panels, size), threads) * size;
+    if (longest < least) least = longest, best = size;
+  }
+  return best;
+}
+
+/* Decides who of `threads` does what; returns the number of parts. */
+static long plan(Gemm *g, float *scratch, long threads) {
   const Method *by = methods + g->method;
   long a = ceil_div(g->m, by->rows), b = ceil_div(g->n, by->columns);
   g->cut_a = is_a_cut(g->m, g->n);
   g->panels = g->cut_a ? b : a;
   g->groups = ceil_div(g->panels, GROUP);
   g->packed = (char *)(((uintptr_t)scratch + ALIGN - 1) / ALIGN * ALIGN);
-  return g->groups + (g->cut_a ? ceil_div(a, by->share_a) : ceil_div(b, by->share_b));
+  g->cut = g->cut_a ? a : b;
+  g->size = share_size(g->cut, g->cut_a ? by->most_a : by->most_b, threads);
+  return g->groups + ceil_div(g->cut, g->size);
 }
 
 static XLA_FFI_Error *gemm(XLA_FFI_CallFrame *frame, int method, int a_by_k,
@@ -209,7 +225,7 @@ static XLA_FFI_Error *gemm(XLA_FFI_CallFrame *frame, int method, int a_by_k,
   *g = (Gemm){.m = m, .n = n, .k = k, .a = args[0]->data, .b = args[1]->data,
               .add = count == 3 ? args[2]->data : NULL, .c = rets[0]->data,
               .a_by_k = a_by_k, .b_by_n = b_by_n, .method = method};
-  long parts = plan(g, rets[1]->data);
+  long parts = plan(g, rets[1]->data, threads_of(frame));
   return run(frame, parts, part, g);
 }
 
@@ -235,7 +251,7 @@ int gemm_alone(int method, long m, long n, long k, const float *a, const float *
                const float *add, float *c, float *scratch, int a_by_k, int b_by_n) {
   Gemm g = {.m = m, .n = n, .k = k, .a = a, .b = b, .add = add, .c = c,
             .a_by_k = a_by_k, .b_by_n = b_by_n, .method = method};
-  long parts = plan(&g, scratch);
+  long parts = plan(&g, scratch, 1);
   int failed = 0;
   for (long i = 0; i < parts; i++) failed |= part(&g, i);
   return failed;

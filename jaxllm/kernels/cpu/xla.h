@@ -85,6 +85,17 @@ static inline void help(void *loop) {
   release(loop);
 }
 
+/* How many threads XLA has. */
+static inline long threads_of(XLA_FFI_CallFrame *frame) {
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args ask = {sizeof ask, NULL, frame->ctx, &threads};
+  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&ask);
+  if (!error) return threads;
+  XLA_FFI_Error_Destroy_Args args = {sizeof args, NULL, error};
+  frame->api->XLA_FFI_Error_Destroy(&args);
+  return 1;
+}
+
 /* Does all parts, together with those of XLA's threads that have nothing else to do;
    takes `data`, which malloc gave. Nobody waits for a thread that is busy elsewhere. */
 static inline XLA_FFI_Error *run(XLA_FFI_CallFrame *frame, long count,
@@ -97,9 +108,8 @@ static inline XLA_FFI_Error *run(XLA_FFI_CallFrame *frame, long count,
   }
   loop->part = part, loop->data = data, loop->count = count;
   atomic_store(&loop->owners, 1);
-  int64_t threads = 1;
-  XLA_FFI_ThreadPool_NumThreads_Args ask = {sizeof ask, NULL, frame->ctx, &threads};
-  XLA_FFI_Error *error = api->XLA_FFI_ThreadPool_NumThreads(&ask);
+  long threads = threads_of(frame);
+  XLA_FFI_Error *error = NULL;
   for (long i = 1; !error && i < threads && i < count; i++) {
     XLA_FFI_ThreadPool_Schedule_Args task = {sizeof task, NULL, frame->ctx, help, loop};
     atomic_fetch_add(&loop->owners, 1);
