@@ -21,12 +21,6 @@ typedef struct {
   float *to_out, *to_stats, *to_dqkv;
 } Attention;
 
-static inline lanes lane_numbers(void) {
-  lanes at;
-  for (int l = 0; l < LANES; l++) at[l] = l;
-  return at;
-}
-
 /* x where the mask is -1, else y. */
 static inline vec pick(lanes mask, vec x, vec y) {
   return (vec)((mask & (lanes)x) | (~mask & (lanes)y));
@@ -67,13 +61,6 @@ static float *take(float **next, long floats) {
   return taken;
 }
 
-/* LANES / 2 values, each twice. */
-static inline vec twice(const float *p) {
-  vec x = {0};
-  memcpy(&x, p, sizeof x / 2);
-  return __builtin_shuffle(x, lane_numbers() >> 1);
-}
-
 /* One position of one head, times `scale`; `turn` is 1 to rotate its pairs, -1 to turn
    them back, 0 for neither. */
 static inline void turned(const float *restrict x, const float *cos, const float *sin,
@@ -82,19 +69,11 @@ static inline void turned(const float *restrict x, const float *cos, const float
     for (long i = 0; i < h; i++) out[i] = x[i] * scale;
     return;
   }
-  lanes at = lane_numbers(), odd = -(at & 1); /* -1 where so */
-  vec ones = (vec){0} + 1.0f, signs = pick(odd, ones, -ones) * (turn * scale);
-  long i = 0;
-  for (; i + LANES <= h; i += LANES) {
-    vec pairs = load(x + i), other = __builtin_shuffle(pairs, at ^ 1);
-    vec along = pairs * twice(cos + i / 2) * scale;
-    store(out + i, along + other * twice(sin + i / 2) * signs);
-  }
   float sign = turn * scale;
-  for (; i < h; i += 2) {
-    float a = x[i], b = x[i + 1], c = cos[i / 2] * scale, s = sin[i / 2] * sign;
-    out[i] = a * c - b * s;
-    out[i + 1] = b * c + a * s;
+  for (long i = 0; i < h / 2; i++) {
+    float a = x[2 * i], b = x[2 * i + 1], c = cos[i] * scale, s = sin[i] * sign;
+    out[2 * i] = a * c - b * s;
+    out[2 * i + 1] = b * c + a * s;
   }
 }
 
@@ -211,6 +190,12 @@ static void add_outer(const Part *p, const float *x, const float *y, long keys,
 static const float *rows_of_columns(const Part *p) {
   pack_rows(p->columns, NR, p->all->h, NR, p->q, p->all->h);
   return p->q;
+}
+
+static inline lanes lane_numbers(void) {
+  lanes at;
+  for (int l = 0; l < LANES; l++) at[l] = l;
+  return at;
 }
 
 static int forward(void *data, long number) {
