@@ -158,8 +158,8 @@ def compiled(gemm, dim=256):
 
 
 PRODUCTS = {
-    "amx": "jaxllm_amx_",
-    "native": "jaxllm_native_",
+    "amx": "jaxllm_gemm_amx_",
+    "native": "jaxllm_gemm_native_",
     "onednn": '"kind":"__onednn_fusion"',
 }
 """What a CPU's step may multiply by, and how that is called in its text."""

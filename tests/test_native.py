@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_an_error(given, made, said):
         jax.ShapeDtypeStruct(s if isinstance(s, tuple) else (s,), jnp.float32)
         for s in made
     ]
-    call = jax.jit(jax.ffi.ffi_call("jaxllm_native_nn", results))
+    call = jax.jit(jax.ffi.ffi_call("jaxllm_gemm_native_nn", results))
     with pytest.raises(jax.errors.JaxRuntimeError, match=said):
         jax.block_until_ready(call(*map(jnp.ones, given)))
 
@@ -341,7 +341,7 @@ def test_what_does_not_fit_is_an_error(given, made, said):
 )
 def test_another_dtype_is_an_error(given, made, said):
     results = jax.ShapeDtypeStruct(C, made), jax.ShapeDtypeStruct((400,), jnp.float32)
-    call = jax.jit(jax.ffi.ffi_call("jaxllm_native_nn", results))
+    call = jax.jit(jax.ffi.ffi_call("jaxllm_gemm_native_nn", results))
     x, y = (jnp.ones(s, dtype) for s, dtype in zip((A, B), given, strict=True))
     with pytest.raises(jax.errors.JaxRuntimeError, match=said):
         jax.block_until_ready(call(x, y))

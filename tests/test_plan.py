@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.kernels.native import TARGETS as TARGETS_OF_OURS
 from jaxllm.plan import hlo
 from jaxllm.plan.targets import TARGETS
 
@@ -85,6 +86,26 @@ def test_kernels_are_counted_by_what_they_touch():
         "matmul", "matmul", "matmul", "attention", "copy", "collective", "elementwise",
     ]  # fmt: skip
     assert kernels["ar"].overlaps
+
+
+OURS = """HloModule jit_step
+
+ENTRY %main (x: f32[64,32], y: f32[32,16]) -> f32[64,16] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %y = f32[32,16]{1,0} parameter(1)
+  %p = (f32[64,16]{1,0}, f32[1040]{0}) custom-call(%x, %y), custom_call_target="jaxllm_gemm_amx_nn"
+  %q = f32[64,16]{1,0} get-tuple-element(%p), index=0
+  ROOT %a = f32[64,16]{1,0} custom-call(%q), custom_call_target="jaxllm_attention_forward"
+}
+"""  # noqa: E501
+
+
+def test_a_cpus_own_kernels_are_counted_as_what_they_are():
+    kernels = {k.name: k for k in hlo.Program(OURS).kernels()}
+    assert {n: k.kind for n, k in kernels.items()} == {"p": "matmul", "a": "attention"}
+    assert kernels["p"].moved == 4 * (64 * 32 + 32 * 16 + 64 * 16)
+    for name in TARGETS_OF_OURS:
+        assert ("gemm" in name) != name.startswith("attention"), name
 
 
 def test_a_loop_counts_its_body_as_often_as_it_runs():

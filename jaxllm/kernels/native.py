@@ -32,7 +32,7 @@ KINDS = ("nn", "nt", "tn")
 METHODS = ("native", "amx")
 """Of a product, as gemm.c counts them."""
 TARGETS = (
-    *(f"{method}_{kind}" for method in METHODS for kind in KINDS),
+    *(f"gemm_{method}_{kind}" for method in METHODS for kind in KINDS),
     "attention_forward",
     "attention_backward",
 )

@@ -33,7 +33,7 @@ def _ours(method: str, kind: str, x, y, add) -> jax.Array:
     n = y.shape[0] if kind[1] == "t" else y.shape[1]
     shapes = (m, n), (native.scratch_floats(method, m, n, k),)
     call = jax.ffi.ffi_call(
-        native.target(f"{method}_{kind}"),
+        native.target(f"gemm_{method}_{kind}"),
         [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes],
     )
     return call(x, y, *(() if add is None else (add,)))[0]

@@ -222,7 +222,9 @@ class Program:
             read = written = sizes[1]
         kind = self._kind(instruction, called)
         if kind == "matmul":
-            written -= sum(map(size, re.findall(r"s8\[\d+\]", instruction.type)))
+            # Scratch space: a library's bytes, or our own kernels' float32.
+            scratch = re.findall(r"(?:s8|f32)\[\d+\]", instruction.type)
+            written -= sum(map(size, scratch)) if "(" in instruction.type else 0
         return Kernel(
             name=instruction.name,
             kind=kind,
@@ -242,7 +244,7 @@ class Program:
             x.attribute(r'custom_call_target="([^"]+)"')
             for x in (instruction, *inside.values())
         )
-        if "fmha" in targets:
+        if "fmha" in targets or "jaxllm_attention" in targets:
             return "attention"
         if "gemm" in targets or "matmul" in targets or "gemm" in instruction.name:
             return "matmul"

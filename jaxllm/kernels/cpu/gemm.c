@@ -233,8 +233,8 @@ static XLA_FFI_Error *gemm(XLA_FFI_CallFrame *frame, int method, int a_by_k,
   XLA_FFI_Error *name##_nn(XLA_FFI_CallFrame *f) { return gemm(f, method, 0, 0); } \
   XLA_FFI_Error *name##_nt(XLA_FFI_CallFrame *f) { return gemm(f, method, 0, 1); } \
   XLA_FFI_Error *name##_tn(XLA_FFI_CallFrame *f) { return gemm(f, method, 1, 0); }
-TARGETS(native, VECTORS)
-TARGETS(amx, TILES)
+TARGETS(gemm_native, VECTORS)
+TARGETS(gemm_amx, TILES)
 
 /* Whether products by tiles are there, and allowed. */
 int gemm_has_amx(void) {
