@@ -24,8 +24,8 @@ import pretrain  # type: ignore[import-not-found]  # noqa: E402
 
 # Notes its arguments; ends as $CODE says, having written $SUMMARY where it trains.
 PYTHON = """#!/bin/bash
-printf '%s\\n' "$@" > "$NOTES/python"
 trap 'echo TERM >> "$NOTES/signals"; stop=1' TERM
+printf '%s\\n' "$@" > "$NOTES/python"
 for i in $(seq ${TICKS:-0}); do [ -n "$stop" ] || sleep 0.05; done
 exit ${CODE:-0}
 """
