@@ -59,9 +59,9 @@ class ComputeConfig:
     residual stream in one go, or XLA's Triton kernels too, the faster of the two; auto
     is cublas for the fused layer. On a CPU our own, which GCC compiles there, from six
     products of bfloat16 each (amx) or in float32 (native), oneDNN, or what XLA takes by
-    itself (ynnpack); auto is the first of these that there is, for float32 and a dim of
-    256 or more: amx and native for the fused layer on one device, onednn where XLA is
-    known to have it."""
+    itself (ynnpack); auto is the first of these that there is, for float32: amx and
+    native for the fused layer on one device from a dim of 192 on, onednn where XLA is
+    known to have it, from 256 on."""
     logits_dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the logits in training; auto is at least float32. What is done with
     them is computed in at least float32 either way."""
@@ -120,9 +120,10 @@ class ComputeConfig:
             gemm = "cublas" if layer == "fused" else "triton"
             if cpu:
                 dtypes = {compute, self.residual_dtype, self.logits_dtype}
-                large = dim >= 256 and dtypes <= {"auto", "float32"}
-                names = (*(OURS if layer == "fused" else ()), "onednn")
-                fitting = (name for name in names if large and has(name))
+                single = dtypes <= {"auto", "float32"}
+                names = OURS if layer == "fused" and dim >= 192 else ()
+                names = (*names, "onednn") if dim >= 256 else names
+                fitting = (name for name in names if single and has(name))
                 gemm = next(fitting, "ynnpack")
         attention = "blocked" if cpu else "plain"
         if gemm in OURS:

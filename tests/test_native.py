@@ -577,7 +577,8 @@ def test_auto_takes_it_for_large_float32_products_of_one_cpu():
     assert chosen("native", "onednn") == chosen("native") == "native"
     assert chosen("onednn") == "onednn"
     assert chosen("none") == "ynnpack"
-    assert chosen(dim=255) == "ynnpack"
+    assert chosen(dim=192) == "amx" and chosen(dim=191) == "ynnpack"
+    assert chosen("onednn", dim=255) == "ynnpack"
     assert chosen(layer="plain") == "onednn"
     assert chosen("amx", "native", layer="plain") == "ynnpack"
     for name in ("compute_dtype", "residual_dtype", "logits_dtype"):
